@@ -1,0 +1,5 @@
+"""The pure core: every decision about rows, fields, tasks and draws. No input or output, no clock, no threads."""
+
+from transfer_queue.ledger.core import Ledger
+
+__all__ = ["Ledger"]

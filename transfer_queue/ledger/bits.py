@@ -1,0 +1,77 @@
+"""A set of positions in order, made for "give me the first n"."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64s: TypeAlias = NDArray[np.int64]
+
+CHUNK = 1024
+
+
+class OrderedBits:
+    """A bitmap that counts its members per chunk of 1024 positions.
+
+    Adding and removing k positions costs O(k); the first n members cost O(n + length / 1024).
+    """
+
+    def __init__(self) -> None:
+        self._bits = np.zeros(CHUNK, dtype=np.bool_)
+        self._counts = np.zeros(1, dtype=np.int32)
+        self.total = 0
+
+    def __len__(self) -> int:
+        return self.total
+
+    def contains(self, positions: Int64s) -> NDArray[np.bool_]:
+        inside = (positions >= 0) & (positions < len(self._bits))
+        found = np.zeros(len(positions), dtype=np.bool_)
+        found[inside] = self._bits[positions[inside]]
+        return found
+
+    def add(self, positions: Int64s) -> Int64s:
+        """Add distinct positions; return those that were not members."""
+        if len(positions) == 0:
+            return positions
+        self._grow(int(positions.max()) + 1)
+        return self._flip(positions[~self._bits[positions]], True)
+
+    def discard(self, positions: Int64s) -> Int64s:
+        """Remove distinct positions; return those that were members."""
+        return self._flip(positions[self.contains(positions)], False)
+
+    def first(self, count: int) -> Int64s:
+        """The first `count` members in order, or all of them."""
+        if count <= 0 or self.total == 0:
+            return np.empty(0, dtype=np.int64)
+        chunks = np.flatnonzero(self._counts)
+        if count < self.total:
+            enough = int(np.searchsorted(np.cumsum(self._counts[chunks]), count)) + 1
+            chunks = chunks[:enough]
+        inside = self._bits.reshape(-1, CHUNK)[chunks]
+        rows, offsets = np.nonzero(inside)
+        return (chunks[rows[:count]] * CHUNK + offsets[:count]).astype(np.int64, copy=False)
+
+    def _flip(self, changed: Int64s, value: bool) -> Int64s:
+        if len(changed) == 0:
+            return changed
+        self._bits[changed] = value
+        low = int(changed.min()) // CHUNK
+        per_chunk = np.bincount(changed // CHUNK - low)
+        step = per_chunk if value else -per_chunk
+        self._counts[low : low + len(per_chunk)] += step.astype(np.int32)
+        self.total += len(changed) if value else -len(changed)
+        return changed
+
+    def _grow(self, length: int) -> None:
+        if length <= len(self._bits):
+            return
+        size = max(2 * len(self._bits), -(-length // CHUNK) * CHUNK)
+        bits = np.zeros(size, dtype=np.bool_)
+        bits[: len(self._bits)] = self._bits
+        counts = np.zeros(size // CHUNK, dtype=np.int32)
+        counts[: len(self._counts)] = self._counts
+        self._bits, self._counts = bits, counts

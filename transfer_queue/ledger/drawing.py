@@ -1,0 +1,150 @@
+"""One draw: find rows, take them, tell where they are; and how to take it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import InvalidArgument, WrongType
+from transfer_queue.ledger.assignments import Assignment, Assignments
+from transfer_queue.ledger.lookup import Lookup
+from transfer_queue.ledger.partition import Partition
+from transfer_queue.ledger.rows import Rows
+from transfer_queue.ledger.selection import Plan, SamplerBook
+from transfer_queue.messages import Draw, Drawn
+from transfer_queue.samplers.registry import SamplerLike
+
+Int64s: TypeAlias = NDArray[np.int64]
+
+
+@dataclass
+class DrawRecord:
+    """What an answered draw took."""
+
+    partition: str
+    draw: Draw
+    plan: Plan
+    consumed: Int64s
+    generations: Int64s  # of `consumed`
+    assignment: Assignment | None
+    gave_back: bool = False  # the draw made other rows available
+
+
+class Drawing:
+    """Serves draws from the ready sets."""
+
+    def __init__(self, rows: Rows, lookup: Lookup, sampler: SamplerLike | None, num_n_samples: int) -> None:
+        self._rows = rows
+        self._lookup = lookup
+        self.samplers = SamplerBook(sampler, num_n_samples)
+        self.assignments = Assignments(rows.table)
+
+    def plan(self, draw: Draw, name: str) -> Plan:
+        """Check the request; raise if no state of the partition could ever serve it."""
+        if not draw.task_name:
+            raise InvalidArgument("get_meta needs a task_name: consumption is tracked per task")
+        if not draw.fields or not all(isinstance(field, str) for field in draw.fields):
+            raise InvalidArgument(f"data_fields must name at least one field, not {draw.fields!r}")
+        if isinstance(draw.batch_size, bool) or not isinstance(draw.batch_size, int):
+            raise WrongType(f"batch_size must be an int, not {draw.batch_size!r}")
+        if draw.batch_size < 1:
+            raise InvalidArgument(f"batch_size must be at least 1, not {draw.batch_size}")
+        plan = self.samplers.plan(draw)
+        if self._rows.step_of(name) is not None and plan.want > self._rows.step_size:
+            raise InvalidArgument(
+                f"{name!r} holds at most {self._rows.step_size} samples (global_batch_size × num_n_samples); "
+                f"a draw of {plan.want} can never be served"
+            )
+        return plan
+
+    def attempt(self, draw: Draw, plan: Plan, name: str) -> tuple[Drawn, DrawRecord] | None:
+        """Serve the draw if that is possible now."""
+        partition = self._rows.partitions.get(name)
+        if partition is None:
+            return None
+        if plan.split is not None:
+            return self._attempt_split(draw, plan, partition)
+        chosen = self._select(draw, plan, partition)
+        if chosen is None:
+            return None
+        rows, consumed = chosen
+        self._rows.table.task(draw.task_name).consumed[consumed] = 1
+        partition.take(draw.task_name, consumed)
+        record = DrawRecord(name, draw, plan, consumed, self._rows.table.generation[consumed], None)
+        return self._lookup.describe(name, rows, draw.fields), record
+
+    def _select(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Int64s, Int64s] | None:
+        ready = partition.ready_set(draw.task_name, draw.fields)
+        if len(ready) == 0:
+            return None
+        return self.samplers.select(plan, draw, ready, self._rows.table)
+
+    def _attempt_split(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Drawn, DrawRecord] | None:
+        assert plan.split is not None
+        assignment = self.assignments.find(partition.name, draw, plan)
+        if assignment is None:
+            chosen = self._select(draw, plan, partition)
+            if chosen is None:
+                return None
+            assignment = self.assignments.form(partition, draw, plan, *chosen)
+            self._reserve(partition, draw.task_name, assignment.rows)
+        part = assignment.part(plan.split.rank)
+        rows = assignment.rows[part]
+        self._rows.table.check_fresh(rows, assignment.generations[part])
+        if not self._rows.table.produced(rows, draw.fields).all():
+            return None
+        replayed = self.assignments.serve(partition.name, draw, plan.split, assignment)
+        record = DrawRecord(partition.name, draw, plan, rows[:0], rows[:0], None if replayed else assignment)
+        if not replayed and assignment.complete:
+            record.gave_back = self._complete(partition, draw.task_name, assignment)
+        extra = {"replayed": True} if replayed else {}
+        return self._lookup.describe(partition.name, rows, draw.fields, extra_info=extra), record
+
+    def _reserve(self, partition: Partition, task: str, rows: Int64s) -> None:
+        self._rows.table.task(task).reserved[rows] = True
+        partition.take(task, rows)
+
+    def _complete(self, partition: Partition, task: str, assignment: Assignment) -> bool:
+        """Every rank has its slice: the rows are consumed. Returns whether some were only shown and are back."""
+        column = self._rows.table.task(task)
+        alive = self._rows.table.fresh(assignment.rows, assignment.generations)
+        rows = assignment.rows[alive]
+        column.reserved[rows] = False
+        consumed = np.isin(rows, assignment.consumed)
+        column.consumed[rows[consumed]] = 1
+        partition.give_back(task, rows[~consumed])
+        return not consumed.all()
+
+    def undo(self, record: DrawRecord) -> None:
+        """The answer never arrived: what it took is ready again."""
+        partition = self._rows.partitions.get(record.partition)
+        if partition is None:
+            return
+        task = record.draw.task_name
+        column = self._rows.table.task(task)
+        rows = record.consumed[self._rows.table.fresh(record.consumed, record.generations)]
+        column.consumed[rows] = 0
+        partition.give_back(task, rows)
+        assignment, split = record.assignment, record.plan.split
+        if assignment is None or split is None:
+            return
+        alive = assignment.rows[self._rows.table.fresh(assignment.rows, assignment.generations)]
+        column.consumed[alive] = 0
+        self._reserve(partition, task, alive)
+        self.assignments.unserve(partition.name, record.draw, split, assignment)
+
+    def reset(self, name: str, task: str | None) -> None:
+        """Forget what a task, or every task, consumed and reserved in a partition."""
+        partition = self._rows.partitions.get(name)
+        if partition is None:
+            return
+        rows = partition.rows()
+        self.assignments.forget(name, task)
+        for known in [task] if task is not None else list(partition.accounts):
+            column = self._rows.table.task(known)
+            column.consumed[rows] = 0
+            column.reserved[rows] = False
+            partition.give_back(known, rows)

@@ -1,0 +1,134 @@
+"""Describing rows: where their fields lie, what they look like, what is known of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import InvalidArgument, UnknownName, nearest
+from transfer_queue.ledger.partition import Partition, merged_spec
+from transfer_queue.ledger.rows import Rows
+from transfer_queue.messages import ANY_GENERATION, ColumnSpec, Drawn, Locate, Location
+
+Int64s: TypeAlias = NDArray[np.int64]
+
+
+class Lookup:
+    """Turns rows into `Drawn` replies."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def locate(self, request: Locate) -> Drawn:
+        """Rows by handle, by key or the whole partition, with the fields asked for."""
+        name, rows = self._find(request)
+        owners = [partition for partition, _ in self._rows.owners(rows)]
+        fields = self._fields(request, rows, owners)
+        produced = self._rows.table.produced(rows, fields)
+        if not produced.all() and not request.allow_missing:
+            self._raise_missing(rows, fields)
+        return self.describe(name, rows, fields, produced=None if produced.all() else produced.astype(np.int64))
+
+    def describe(
+        self,
+        name: str,
+        rows: Int64s,
+        fields: tuple[str, ...],
+        produced: Int64s | None = None,
+        extra_info: dict[str, Any] | None = None,
+    ) -> Drawn:
+        """Everything a handle on these rows carries."""
+        table = self._rows.table
+        indexes = rows.tolist()
+        owners = self._rows.owners(rows)
+        grouped = bool((table.group[rows] >= 0).any())
+        return Drawn(
+            partition_id=name,
+            indexes=rows,
+            generations=table.generation[rows],
+            fields=fields,
+            columns=self._columns(fields, [partition for partition, _ in owners]),
+            locations=self._locations(rows, fields),
+            produced=produced,
+            keys=tuple(table.keys.get(row) for row in indexes) if table.keys else None,
+            tags=tuple(copy.deepcopy(table.tags.get(row)) for row in indexes) if table.tags else None,
+            group_ids=self._group_ids(rows) if grouped else None,
+            extra_info=extra_info or {},
+        )
+
+    def _find(self, request: Locate) -> tuple[str, Int64s]:
+        if request.indexes is not None:
+            generations = request.generations
+            if generations is None:
+                generations = np.full_like(request.indexes, ANY_GENERATION)
+            self._rows.table.check_fresh(request.indexes, generations)
+            return request.partition_id or "", request.indexes
+        name = self._rows.name(request.partition_id, request.global_step)
+        partition = self._rows.partitions.get(name)
+        if request.keys is None:
+            return name, np.empty(0, np.int64) if partition is None else partition.rows()
+        known = {} if partition is None else partition.keys
+        missing = [key for key in request.keys if key not in known]
+        if missing and not request.allow_missing:
+            raise UnknownName(
+                f"{len(missing)} of {len(request.keys)} keys are not in partition {name!r}: {missing[:10]}"
+                f"{nearest(missing[0], known)}",
+                keys=missing,
+            )
+        return name, np.array([known[key] for key in request.keys if key in known], dtype=np.int64)
+
+    def _fields(self, request: Locate, rows: Int64s, owners: list[Partition]) -> tuple[str, ...]:
+        known = {name: None for partition in owners for name in partition.fields}
+        if request.fields is None:
+            return tuple(name for name in known if self._rows.table.produced(rows, (name,)).all())
+        unknown = [name for name in request.fields if name not in known]
+        if unknown and len(rows) and not request.allow_missing:
+            where = ", ".join(repr(partition.name) for partition in owners)
+            text = f"no field {unknown[0]!r} in partition {where}{nearest(unknown[0], known)}"
+            raise UnknownName(text, fields=unknown)
+        return request.fields
+
+    def _raise_missing(self, rows: Int64s, fields: tuple[str, ...]) -> None:
+        for name in fields:
+            lacking = rows[~self._rows.table.produced(rows, (name,))]
+            if len(lacking):
+                raise InvalidArgument(
+                    f"field {name!r} is not produced for {len(lacking)} of {len(rows)} samples "
+                    f"(global indexes {', '.join(map(str, lacking[:10].tolist()))})",
+                    field=name,
+                    indexes=lacking.tolist(),
+                )
+
+    def _columns(self, fields: tuple[str, ...], owners: list[Partition]) -> tuple[ColumnSpec, ...]:
+        specs = []
+        for name in fields:
+            known = [partition.fields[name].spec for partition in owners if name in partition.fields]
+            if known:
+                spec = known[0]
+                for other in known[1:]:
+                    spec = merged_spec(spec, other)
+                specs.append(spec)
+        return tuple(specs)
+
+    def _locations(self, rows: Int64s, fields: tuple[str, ...]) -> tuple[Location, ...]:
+        """Fields that lie together share one entry; block 0 where a row lacks the field."""
+        together: dict[bytes, tuple[list[str], Int64s, Int64s]] = {}
+        for name in fields:
+            column = self._rows.table.columns.get(name)
+            if column is None:
+                continue
+            blocks = np.where(column.ready[rows] == 1, column.block[rows], 0)
+            slots = column.slot[rows].astype(np.int64)
+            entry = together.setdefault(blocks.tobytes() + slots.tobytes(), ([], blocks, slots))
+            entry[0].append(name)
+        return tuple(Location(fields=tuple(names), blocks=b, slots=s) for names, b, s in together.values())
+
+    def _group_ids(self, rows: Int64s) -> tuple[Any, ...]:
+        found: list[Any] = [None] * len(rows)
+        for partition, positions in self._rows.owners(rows):
+            for position in positions.tolist():
+                found[position] = partition.group_id(int(rows[position]))
+        return tuple(found)

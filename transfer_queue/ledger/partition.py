@@ -1,0 +1,226 @@
+"""One partition: its rows in allocation order, its keys, groups, fields and ready sets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import InvalidArgument
+from transfer_queue.ledger.groups import GroupTable
+from transfer_queue.ledger.ready import ReadySet
+from transfer_queue.ledger.table import NO_GROUP, RowTable
+from transfer_queue.messages import ColumnSpec
+
+Int64s: TypeAlias = NDArray[np.int64]
+
+_COMPACT_FROM = 4096
+
+
+@dataclass
+class FieldState:
+    """What is known of a field while any row of the partition has it."""
+
+    spec: ColumnSpec
+    rows: int
+    produced_at: float
+    produced_by: str
+
+
+@dataclass
+class TaskAccount:
+    """Counters of one task in one partition that the table alone cannot tell any more."""
+
+    consumed_and_cleared: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class Partition:
+    """Rows are ordered by allocation; a row's ordinal in that order is fixed until it is cleared."""
+
+    def __init__(self, name: str, number: int, table: RowTable, step: int | None = None) -> None:
+        self.name = name
+        self.number = number
+        self.step = step
+        self.base = 0
+        self.indexes: Int64s = np.empty(0, dtype=np.int64)
+        self.length = 0  # ordinals handed out so far, minus base
+        self.live = 0
+        self.inserted = 0
+        self.keys: dict[str, int] = {}
+        self.groups = GroupTable()
+        self.fields: dict[str, FieldState] = {}
+        self.accounts: dict[str, TaskAccount] = {}
+        self.dropped: Counter[str] = Counter()
+        self.ready: dict[tuple[str, tuple[str, ...]], ReadySet] = {}
+        self._table = table
+
+    # ------------------------------------------------------------ rows
+
+    def append(self, rows: Int64s) -> Int64s:
+        """Give new rows the next ordinals."""
+        needed = self.length + len(rows)
+        if needed > len(self.indexes):
+            grown = np.full(max(needed, 2 * len(self.indexes), 64), -1, dtype=np.int64)
+            grown[: self.length] = self.indexes[: self.length]
+            self.indexes = grown
+        self.indexes[self.length : needed] = rows
+        ordinals = np.arange(self.length, needed, dtype=np.int64) + self.base
+        self.length = needed
+        self.live += len(rows)
+        self.inserted += len(rows)
+        return ordinals
+
+    def rows(self) -> Int64s:
+        """Global indexes of all rows in allocation order."""
+        alive = self.indexes[: self.length]
+        return alive[alive >= 0]
+
+    def rows_at(self, ordinals: Int64s) -> Int64s:
+        return self.indexes[ordinals - self.base]
+
+    def group_numbers(self, positions: Int64s) -> Int64s:
+        """Declared group of the rows at these positions (ordinal - base), -1 for none."""
+        if len(self.groups) == 0:
+            return np.full(len(positions), NO_GROUP, dtype=np.int64)
+        return self._table.group[self.indexes[positions]]
+
+    def remove(self, rows: Int64s, reason: str) -> None:
+        """Forget rows and account for them; the table's arrays still hold their status."""
+        ordinals = self._table.ordinal[rows]
+        for ready in self.ready.values():
+            ready.discard(ordinals)
+        numbers = self._table.group[rows]
+        if (numbers != NO_GROUP).any():
+            declared = numbers != NO_GROUP
+            self.groups.remove(numbers[declared], ordinals[declared])
+        for index in rows.tolist() if self.keys else ():
+            key = self._table.keys.pop(index, None)
+            if key is not None:
+                del self.keys[key]
+        self._account(rows, reason)
+        for name in [name for name, state in self.fields.items() if self._lose_field(name, state, rows)]:
+            del self.fields[name]
+        self.indexes[ordinals - self.base] = -1
+        self.live -= len(rows)
+        self._compact()
+
+    def _lose_field(self, name: str, state: FieldState, rows: Int64s) -> bool:
+        state.rows -= int(self._table.columns[name].ready[rows].sum())
+        return state.rows == 0
+
+    def _account(self, rows: Int64s, reason: str) -> None:
+        self.dropped[reason] += len(rows)
+        for task, account in self.accounts.items():
+            consumed = int(self._table.tasks[task].consumed[rows].sum())
+            account.consumed_and_cleared += consumed
+            if len(rows) > consumed:
+                account.dropped[reason] += len(rows) - consumed
+
+    def _compact(self) -> None:
+        """Drop the leading cleared ordinals once they are the larger part; amortised O(1) per row."""
+        if self.length < _COMPACT_FROM or self.live > self.length // 2 or self.indexes[0] >= 0:
+            return
+        alive = self.indexes[: self.length] >= 0
+        leading = int(alive.argmax()) if self.live else self.length
+        if leading <= self.length // 2:
+            return
+        self.indexes = self.indexes[leading : self.length].copy()
+        self.base += leading
+        self.length -= leading
+        self.ready.clear()
+
+    # ------------------------------------------------------------ fields
+
+    def check_columns(self, columns: Iterable[ColumnSpec]) -> None:
+        """A field keeps its tensor dtype as long as any row of the partition has it."""
+        for spec in columns:
+            known = self.fields.get(spec.name)
+            if known is not None and None not in (known.spec.dtype, spec.dtype) and known.spec.dtype != spec.dtype:
+                raise InvalidArgument(
+                    f"field {spec.name!r} of partition {self.name!r} holds {known.spec.dtype}, this put brings "
+                    f"{spec.dtype}; convert it, or use another field name"
+                )
+
+    def add_column(self, spec: ColumnSpec, new_rows: int, now: float, client: str) -> None:
+        """Rows got the field; the description keeps a shape only while all rows share it."""
+        known = self.fields.get(spec.name)
+        if known is None:
+            self.fields[spec.name] = FieldState(spec, new_rows, now, client)
+            return
+        known.spec = merged_spec(known.spec, spec)
+        known.rows += new_rows
+        known.produced_at, known.produced_by = now, client
+
+    # ------------------------------------------------------------ ready sets
+
+    def ready_set(self, task: str, fields: tuple[str, ...]) -> ReadySet:
+        """The ready set of a task and field set; made by one scan at its first use."""
+        key = ready_key(task, fields)
+        found = self.ready.get(key)
+        if found is None:
+            self.account(task)
+            found = self.ready[key] = ReadySet(self, task, key[1])
+            self._offer(found, self.rows())
+        return found
+
+    def refresh(self, rows: Int64s, fields: tuple[str, ...]) -> None:
+        """The rows got these fields: tell the ready sets that ask for any of them."""
+        changed = set(fields)
+        for ready in self.ready.values():
+            if not changed.isdisjoint(ready.fields):
+                self._offer(ready, rows)
+
+    def take(self, task: str, rows: Int64s) -> None:
+        """The rows are consumed or reserved by the task now."""
+        ordinals = self._table.ordinal[rows]
+        for ready in self.ready_of(task):
+            ready.discard(ordinals)
+
+    def give_back(self, task: str, rows: Int64s) -> None:
+        """The rows are neither consumed nor reserved by the task any more."""
+        for ready in self.ready_of(task):
+            self._offer(ready, rows)
+
+    def ready_of(self, task: str) -> list[ReadySet]:
+        return [ready for (name, _), ready in self.ready.items() if name == task]
+
+    def _offer(self, ready: ReadySet, rows: Int64s) -> None:
+        rows = rows[self._table.available(rows, ready.fields, self._table.task(ready.task))]
+        ready.add(self._table.ordinal[rows])
+
+    def account(self, task: str) -> TaskAccount:
+        """The counters of a task; rows that went before it was first seen count as dropped for it."""
+        found = self.accounts.get(task)
+        if found is None:
+            found = self.accounts[task] = TaskAccount()
+            gone = self.inserted - self.live
+            if gone:
+                found.dropped["cleared_before_task"] = gone
+        return found
+
+    def group_id(self, row: int) -> Hashable | None:
+        number = int(self._table.group[row])
+        return None if number == NO_GROUP else self.groups[number].group_id
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(sorted(self.accounts)) or "no task yet"
+        return f"<Partition {self.name}: {self.live} samples, {len(self.fields)} fields, {tasks}>"
+
+
+def ready_key(task: str, fields: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Names a ready set within a partition, whatever the order in which the fields were asked for."""
+    return task, tuple(sorted(fields))
+
+
+def merged_spec(known: ColumnSpec, new: ColumnSpec) -> ColumnSpec:
+    """One description of a field for rows that came by several puts."""
+    same: dict[str, Any] = {"layout": new.layout, "dtype": new.dtype, "shape": new.shape}
+    if known.layout != new.layout or known.shape != new.shape:
+        tensors = known.dtype is not None and new.dtype is not None
+        same = {"layout": "shaped" if tensors else "object", "dtype": new.dtype if tensors else None, "shape": None}
+    return ColumnSpec(name=new.name, **same)

@@ -1,0 +1,140 @@
+"""One put: check everything, then apply everything."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import InvalidArgument, LeaseExpired, WrongType
+from transfer_queue.ledger.groups import GroupTable
+from transfer_queue.ledger.partition import Partition
+from transfer_queue.ledger.rows import Rows, Writer
+from transfer_queue.messages import Put, PutDone, SetTags
+
+Int64s: TypeAlias = NDArray[np.int64]
+Touched: TypeAlias = list[tuple[Partition, Int64s]]
+
+
+class Putting:
+    """Inserts rows and writes cells. All checks come before the first change."""
+
+    def __init__(self, rows: Rows, num_n_samples: int) -> None:
+        self._rows = rows
+        self._num_n_samples = num_n_samples
+
+    def check(self, put: Put) -> str:
+        """Raise for a put that is wrong whatever the state; return the name of its partition ("" if rows are named)."""
+        count = put.num_rows
+        for name, values in (("keys", put.keys), ("tags", put.tags), ("group_ids", put.group_ids)):
+            if values is not None and len(values) != count:
+                raise InvalidArgument(f"{len(values)} {name} for {count} rows")
+        if put.tags is not None and not all(tag is None or isinstance(tag, dict) for tag in put.tags):
+            raise WrongType("every tag must be a dict or None")
+        if put.keys is not None and len(set(put.keys)) < count:
+            repeated = sorted({key for key in put.keys if put.keys.count(key) > 1})
+            raise InvalidArgument(f"keys given more than once: {repeated[:10]}")
+        if put.group_size is not None and put.group_size < 1:
+            raise InvalidArgument(f"group_size must be at least 1, not {put.group_size}")
+        if put.indexes is not None:
+            if put.generations is None or not len(put.indexes) == len(put.generations) == count:
+                raise InvalidArgument("indexes and generations must have one entry per row")
+            if put.keys is not None or put.group_ids is not None:
+                raise InvalidArgument("keys and group_ids are given when rows are inserted, not with a handle on rows")
+            return ""
+        if count < 1:
+            raise InvalidArgument("a put needs at least one row")
+        return self._rows.name(put.partition_id, put.global_step)
+
+    def obstacle(self, put: Put, name: str) -> str | None:
+        """What must be cleared before the put fits; None: nothing."""
+        if put.indexes is not None:
+            return None
+        return self._rows.room(name, self._new_rows(put, name))
+
+    def _new_rows(self, put: Put, name: str) -> int:
+        known = self._rows.partitions.get(name)
+        if put.keys is None or known is None:
+            return put.num_rows
+        return sum(key not in known.keys for key in put.keys)
+
+    def apply(self, put: Put, name: str, client: str, now: float) -> tuple[PutDone, Touched]:
+        """Make the put visible; raises before it changes anything."""
+        if put.block_id and self._rows.blocks.aborted(put.block_id):
+            raise LeaseExpired(f"block {put.block_id} was given up: its writer was taken for dead; put again")
+        if put.indexes is not None:
+            assert put.generations is not None
+            rows, touched = self._named_rows(put, put.indexes, put.generations)
+        else:
+            rows, touched = self._rows_of(put, name)
+        writer = Writer(client, now)
+        for partition, positions in touched:
+            self._rows.write(partition, rows[positions], positions, put.columns, put.block_id, writer)
+        if put.block_id:
+            self._rows.blocks.commit(put.block_id, len(rows) * len(put.columns))
+        if put.tags is not None:
+            self._merge_tags(rows, put.tags)
+        done = PutDone(partition_id=name, indexes=rows, generations=self._rows.table.generation[rows])
+        return done, [(partition, rows[positions]) for partition, positions in touched]
+
+    def set_tags(self, request: SetTags) -> None:
+        """Merge tags into live rows."""
+        if len(request.tags) != len(request.indexes):
+            raise InvalidArgument(f"{len(request.tags)} tags for {len(request.indexes)} rows")
+        self._rows.table.check_fresh(request.indexes, request.generations)
+        self._merge_tags(request.indexes, request.tags)
+
+    def _named_rows(self, put: Put, rows: Int64s, generations: Int64s) -> tuple[Int64s, Touched]:
+        self._rows.table.check_fresh(rows, generations)
+        if len(np.unique(rows)) != len(rows):
+            raise InvalidArgument("a handle with repeated rows cannot be written to; select distinct rows first")
+        touched = self._rows.owners(rows)
+        for partition, _ in touched:
+            partition.check_columns(put.columns)
+        return rows, touched
+
+    def _rows_of(self, put: Put, name: str) -> tuple[Int64s, Touched]:
+        """Rows by key, new where the key is new; without keys all are new."""
+        known = self._rows.partitions.get(name)
+        keys = put.keys or ()
+        found = np.array([known.keys.get(key, -1) for key in keys] if known else [-1] * len(keys), dtype=np.int64)
+        rows = found if put.keys is not None else np.full(put.num_rows, -1, dtype=np.int64)
+        new = np.flatnonzero(rows < 0)
+        self._check_groups(put, known, rows, new)
+        if known is not None:
+            known.check_columns(put.columns)
+        if len(new):
+            known, rows[new] = self._rows.insert(name, len(new))
+        assert known is not None
+        for position in new.tolist() if keys else ():
+            known.keys[keys[position]] = int(rows[position])
+            self._rows.table.keys[int(rows[position])] = keys[position]
+        if put.group_ids is not None and len(new):
+            ids = [put.group_ids[position] for position in new.tolist()]
+            ordinals = self._rows.table.ordinal[rows[new]]
+            self._rows.table.group[rows[new]] = known.groups.add(ids, ordinals, self._group_size(put))
+        return rows, [(known, np.arange(len(rows)))]
+
+    def _check_groups(self, put: Put, known: Partition | None, rows: Int64s, new: Int64s) -> None:
+        if put.group_ids is None:
+            return
+        for position in np.flatnonzero(rows >= 0).tolist():
+            assert known is not None
+            current = known.group_id(int(rows[position]))
+            if current != put.group_ids[position]:
+                raise InvalidArgument(
+                    f"sample {int(rows[position])} belongs to group {current!r} since it was inserted; "
+                    f"it cannot move to {put.group_ids[position]!r}"
+                )
+        groups = GroupTable() if known is None else known.groups
+        groups.check([put.group_ids[position] for position in new.tolist()], self._group_size(put))
+
+    def _group_size(self, put: Put) -> int:
+        return self._num_n_samples if put.group_size is None else put.group_size
+
+    def _merge_tags(self, rows: Int64s, tags: tuple[dict[str, object] | None, ...]) -> None:
+        for row, tag in zip(rows.tolist(), tags, strict=True):
+            if tag:
+                self._rows.table.tags.setdefault(row, {}).update(copy.deepcopy(tag))

@@ -1,0 +1,180 @@
+"""What people and programs are told about the state: status, audit, and why a draw is not served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import GetMetaTimeout, UnknownName, nearest
+from transfer_queue.ledger.drawing import Drawing
+from transfer_queue.ledger.partition import Partition
+from transfer_queue.ledger.rows import Rows
+from transfer_queue.ledger.selection import Plan
+from transfer_queue.ledger.waiting import WaitingRoom
+from transfer_queue.messages import Draw, GetExplanation, GetStatus, Status
+
+Int64s: TypeAlias = NDArray[np.int64]
+
+_SHOWN = 5
+
+
+class Reports:
+    """Read-only views of the ledger."""
+
+    def __init__(self, rows: Rows, drawing: Drawing, waiting: WaitingRoom) -> None:
+        self._rows = rows
+        self._drawing = drawing
+        self._waiting = waiting
+
+    def partitions(self) -> tuple[str, ...]:
+        """Names in creation order."""
+        return tuple(self._rows.partitions)
+
+    def production_status(self) -> NDArray[np.int8]:
+        """[capacity, num_fields] int8, a copy."""
+        table = self._rows.table
+        if not table.columns:
+            return np.zeros((table.capacity, 0), dtype=np.int8)
+        return np.stack([column.ready for column in table.columns.values()], axis=1)
+
+    def consumption_status(self, task: str) -> NDArray[np.int8]:
+        """[capacity] int8, a copy; all zero for a task that never drew."""
+        found = self._rows.table.tasks.get(task)
+        return np.zeros(self._rows.table.capacity, dtype=np.int8) if found is None else found.consumed.copy()
+
+    def field_mapping(self) -> dict[str, int]:
+        """Column number of each field in `production_status`."""
+        return {name: column.number for name, column in self._rows.table.columns.items()}
+
+    def status(self, request: GetStatus) -> Status:
+        """Production and consumption of the rows of one partition, in allocation order."""
+        name = self._rows.name(request.partition_id, request.global_step)
+        partition = self._rows.partitions.get(name)
+        table = self._rows.table
+        rows = np.empty(0, dtype=np.int64) if partition is None else partition.rows()
+        fields = request.fields if request.fields is not None else tuple(partition.fields) if partition else ()
+        production = [table.produced(rows, (field,)).astype(np.int64) for field in fields]
+        consumption = None
+        if request.task_name is not None:
+            task = table.tasks.get(request.task_name)
+            consumption = np.zeros(len(rows), np.int64) if task is None else task.consumed[rows].astype(np.int64)
+        return Status(
+            partition_id=name,
+            exists=partition is not None,
+            indexes=rows,
+            fields=fields,
+            production=np.stack(production, axis=1).ravel() if production else np.empty(0, dtype=np.int64),
+            consumption=consumption,
+        )
+
+    # ------------------------------------------------------------ audit
+
+    def audit(self, name: str | None = None) -> dict[str, Any]:
+        """Accounting per partition and task: inserted = pending + reserved + consumed + dropped."""
+        if name is not None and name not in self._rows.partitions:
+            raise UnknownName(f"no partition {name!r}{nearest(name, self._rows.partitions)}")
+        chosen = self._rows.partitions.values() if name is None else [self._rows.partitions[name]]
+        return {
+            "partitions": {partition.name: self._audit(partition) for partition in chosen},
+            "samplers": self._drawing.samplers.names(),
+            "waiting": len(self._waiting),
+            "blocks": len(self._rows.blocks),
+        }
+
+    def _audit(self, partition: Partition) -> dict[str, Any]:
+        rows = partition.rows()
+        missing = {name: partition.live - state.rows for name, state in partition.fields.items()}
+        return {
+            "inserted": partition.inserted,
+            "live": partition.live,
+            "dropped": dict(partition.dropped),
+            "fields": {name: state.rows for name, state in partition.fields.items()},
+            "missing": {name: count for name, count in missing.items() if count},
+            "groups": len(partition.groups),
+            "tasks": {task: self._audit_task(partition, task, rows) for task in partition.accounts},
+        }
+
+    def _audit_task(self, partition: Partition, task: str, rows: Int64s) -> dict[str, Any]:
+        column, account = self._rows.table.task(task), partition.accounts[task]
+        consumed = int(column.consumed[rows].sum())
+        reserved = int(column.reserved[rows].sum())
+        found: dict[str, Any] = {
+            "inserted": partition.inserted,
+            "pending": len(rows) - consumed - reserved,
+            "reserved": reserved,
+            "consumed": consumed + account.consumed_and_cleared,
+            "dropped": dict(account.dropped),
+        }
+        accounted = found["pending"] + found["reserved"] + found["consumed"] + sum(account.dropped.values())
+        return found | {"balanced": accounted == partition.inserted}
+
+    # ------------------------------------------------------------ explanation
+
+    def timeout(self, draw: Draw, plan: Plan, name: str, waited_s: float, now: float) -> GetMetaTimeout:
+        """The error of a draw that waited in vain."""
+        text = self._explain(name, draw.task_name, draw.fields, plan.want, now, plan)
+        return GetMetaTimeout(f"after {waited_s:.1f} s: {text}")
+
+    def explain(self, request: GetExplanation, now: float) -> str:
+        """Why such a draw is not served now."""
+        name = self._rows.name(request.partition_id, request.global_step)
+        return self._explain(name, request.task_name, request.fields, request.batch_size, now, None)
+
+    def _explain(
+        self, name: str, task: str, fields: tuple[str, ...], want: int, now: float, plan: Plan | None
+    ) -> str:
+        partition = self._rows.partitions.get(name)
+        if partition is None:
+            return f"there is no partition {name!r} yet{nearest(name, self._rows.partitions)}; nothing was put into it"
+        ready = partition.ready_set(task, fields)
+        parts = [f"{len(ready)} of {want} samples ready in partition {name!r} for task {task!r}"]
+        parts += self._missing_fields(partition, fields, now)
+        parts += self._taken(partition, task)
+        if plan is not None:
+            parts += self._incomplete_groups(partition, task, fields, plan)
+            parts.append(f"sampler {plan.sampler!r}")
+        if task not in self._rows.table.tasks or not self._rows.table.tasks[task].consumed.any():
+            others = [known for known in self._rows.table.tasks if known != task]
+            if close := nearest(task, others).partition("did you mean ")[2]:
+                parts.append(f"task {task!r} has consumed nothing so far (did you mean {close}")
+        return "; ".join(parts)
+
+    def _missing_fields(self, partition: Partition, fields: tuple[str, ...], now: float) -> Iterable[str]:
+        for field in fields:
+            state = partition.fields.get(field)
+            if state is None:
+                yield f"field {field!r} was not produced by anyone{nearest(field, partition.fields)}"
+            elif state.rows < partition.live:
+                yield (
+                    f"{partition.live - state.rows} wait for field {field!r} "
+                    f"(last produced {max(now - state.produced_at, 0.0):.1f} s ago by client {state.produced_by!r})"
+                )
+
+    def _taken(self, partition: Partition, task: str) -> Iterable[str]:
+        rows = partition.rows()
+        column = self._rows.table.task(task)
+        consumed = int(column.consumed[rows].sum())
+        if consumed:
+            yield f"{consumed} of {partition.live} are consumed already"
+        for key, assignment in self._drawing.assignments.open(partition.name, task).items():
+            served = sorted(assignment.served)
+            missing = [rank for rank in range(assignment.dp_size) if rank not in assignment.served]
+            group = f"dp_group_id {key[1]!r}" if key[0] == "named" else f"unnamed dp group {key[1]}"
+            yield f"{len(assignment.rows)} are reserved by {group} (served ranks {served}, waits for ranks {missing})"
+
+    def _incomplete_groups(
+        self, partition: Partition, task: str, fields: tuple[str, ...], plan: Plan
+    ) -> Iterable[str]:
+        size = plan.group_size
+        if size is None and plan.sampler.whole_groups:
+            size = getattr(plan.sampler, "num_n_samples", None) or self._drawing.samplers.num_n_samples
+        if size is None:
+            return
+        yield f"{partition.ready_set(task, fields).groups(size).total} complete groups of {size}"
+        short = [group for group in partition.groups.values() if group.size < group.expected]
+        if short:
+            shown = ", ".join(f"{g.group_id!r} has {g.size} of {g.expected}" for g in short[:_SHOWN])
+            yield f"{len(short)} groups lack rows: {shown}{', …' if len(short) > _SHOWN else ''}"

@@ -1,0 +1,276 @@
+"""Which sampler serves a draw, and one guarded call of it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import InsufficientSamples, InvalidArgument, SamplerError, TransferQueueError, WrongType
+from transfer_queue.ledger.partition import Partition
+from transfer_queue.ledger.ready import GroupHeadsView, ReadySet, RowsView
+from transfer_queue.ledger.table import RowTable
+from transfer_queue.messages import Draw
+from transfer_queue.samplers import BaseSampler, DPSampler, SequentialSampler, as_sampler, create_sampler
+from transfer_queue.samplers.dp import check_rank
+from transfer_queue.samplers.registry import SamplerLike, accepted_names
+
+Int64s: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The data-parallel part of a draw."""
+
+    rank: int
+    size: int
+    group: str | int | None
+    batch_index: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a draw will be served: by which sampler, over whole groups or not, split over ranks or not."""
+
+    sampler: BaseSampler
+    group_size: int | None  # whole groups on top of a sampler that knows none
+    split: Split | None
+    want: int  # rows of all ranks together
+
+
+class SamplerBook:
+    """The samplers of the tasks: a request's own, else the task's, else the default."""
+
+    def __init__(self, default: SamplerLike | None, num_n_samples: int) -> None:
+        self._default = SequentialSampler() if default is None else as_sampler(default)
+        self._by_task: dict[str, BaseSampler] = {}
+        self._by_request: dict[tuple[str, str], BaseSampler] = {}
+        self.num_n_samples = num_n_samples
+
+    def register(self, task: str | None, sampler: SamplerLike) -> BaseSampler:
+        made = as_sampler(sampler)
+        if task is None:
+            self._default = made
+        else:
+            self._by_task[task] = made
+        return made
+
+    def names(self) -> dict[str, str]:
+        """What serves whom, for people."""
+        return {"": repr(self._default), **{task: repr(sampler) for task, sampler in self._by_task.items()}}
+
+    def plan(self, draw: Draw) -> Plan:
+        """Raise for a request that no state of the queue could serve."""
+        sampler = self._choose(draw)
+        split = _split(draw.sampler_params, sampler)
+        if isinstance(sampler, DPSampler):
+            sampler = sampler.inner
+        group_size = self.num_n_samples if draw.get_n_samples and not sampler.whole_groups else None
+        sampler.check_request(draw.batch_size, **self._arguments(sampler.check_request, draw))
+        if group_size is not None and draw.batch_size % group_size:
+            raise InvalidArgument(
+                f"batch_size ({draw.batch_size}) must be divisible by num_n_samples ({group_size}) "
+                "when whole groups are asked for"
+            )
+        return Plan(sampler, group_size, split, draw.batch_size * (split.size if split else 1))
+
+    def _choose(self, draw: Draw) -> BaseSampler:
+        name = draw.sampler_params.get("sampler")
+        if name is None:
+            return self._by_task.get(draw.task_name, self._default)
+        if not isinstance(name, str):
+            raise WrongType(f"sampler_params['sampler'] must be a registered name, not {name!r}")
+        key = (draw.task_name, name)
+        if key not in self._by_request:
+            self._by_request[key] = create_sampler(name)
+        return self._by_request[key]
+
+    def _arguments(self, function: Callable[..., Any], draw: Draw) -> dict[str, Any]:
+        offered = {**draw.sampler_params, "task_name": draw.task_name, "num_n_samples": self.num_n_samples}
+        if "num_n_samples" in draw.sampler_params:
+            offered["num_n_samples"] = draw.sampler_params["num_n_samples"]
+        for name in ("sampler", "dp_rank", "dp_size", "dp_group_id"):
+            offered.pop(name, None)
+        return _fitting(function, offered)
+
+    def select(self, plan: Plan, draw: Draw, ready: ReadySet, table: RowTable) -> tuple[Int64s, Int64s] | None:
+        """Ask the sampler once; None: it cannot serve now. Returns (handed out, marked consumed), checked."""
+        sampler = plan.sampler
+        candidates, want = _candidates(plan, draw, ready, table)
+        if len(candidates) < want and not sampler.accepts_partial:
+            return None
+        views = _RowViews(ready.partition, table)
+        offered = self._arguments(sampler.sample, draw) | _fitting(
+            sampler.sample,
+            {
+                "partition_id": ready.partition.name,
+                "global_step": ready.partition.step,
+                "group_ids": views.group_ids,
+                "tags": views.tags,
+                "seqlens": views.seqlens,
+            },
+        )
+        chosen = _guarded(sampler, lambda: sampler.sample(candidates, want, **offered))
+        if chosen is None:
+            return None
+        pair = chosen if isinstance(chosen, tuple) else (chosen, chosen)
+        sampled, consumed = (_as_rows(sampler, part) for part in pair)
+        if len(sampled) == 0:
+            return None
+        if plan.group_size is not None:
+            sampled, consumed = (_expand(part, plan.group_size, ready, table) for part in (sampled, consumed))
+        allowed = None if type(sampler).filter_ready_indices is BaseSampler.filter_ready_indices else candidates
+        for part in (sampled, consumed):
+            _check(sampler, part, ready, table, allowed)
+        return sampled, consumed
+
+
+def _split(params: Mapping[str, Any], sampler: BaseSampler) -> Split | None:
+    own = sampler if isinstance(sampler, DPSampler) else None
+    if own is None and "dp_size" not in params:
+        return None
+    rank = params.get("dp_rank", own.dp_rank if own else None)
+    size = params.get("dp_size", own.dp_size if own else None)
+    if rank is None:
+        raise InvalidArgument("sampler_params gives dp_size without dp_rank; give both")
+    check_rank(rank, size)
+    group, batch_index = params.get("dp_group_id"), params.get("batch_index", 0)
+    if group is not None and (isinstance(group, bool) or not isinstance(group, str | int)):
+        raise WrongType(f"dp_group_id must be a str or int, not {group!r}")
+    if isinstance(batch_index, bool) or not isinstance(batch_index, int):
+        raise WrongType(f"batch_index must be an int, not {batch_index!r}")
+    return Split(rank, size, group, batch_index)
+
+
+def _candidates(plan: Plan, draw: Draw, ready: ReadySet, table: RowTable) -> tuple[Any, int]:
+    """What the sampler chooses from, and how many."""
+    sampler = plan.sampler
+    size = plan.group_size
+    view = RowsView(ready) if size is None else GroupHeadsView(ready, size)
+    want = plan.want // (size or 1)
+    if type(sampler).filter_ready_indices is BaseSampler.filter_ready_indices:
+        return (view if sampler.lazy else view[:].tolist()), want
+    passed = _filtered(sampler, draw, ready, table)
+    if size is None:
+        return passed, want
+    heads = set(view[:].tolist())
+    return [row for row in passed if row in heads], want
+
+
+def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable) -> list[int]:
+    """The slow path: a sampler with a filter of its own gets copies of the status arrays.
+
+    Where whole groups are asked for, the sampler chooses among the first rows of the complete ones that it lets pass.
+    """
+    import torch  # only here: processes that meet no such sampler never load it
+
+    task = table.task(draw.task_name)
+    production = np.stack([column.ready for column in table.columns.values()], axis=1) if table.columns else None
+    if production is None:
+        production = np.zeros((table.capacity, 0), dtype=np.int8)
+    consumption = task.consumed | task.reserved.astype(np.int8)
+    offered = {"partition_id": ready.partition.name, "task_name": draw.task_name, **draw.sampler_params}
+    found = _guarded(
+        sampler,
+        lambda: sampler.filter_ready_indices(
+            ready.partition.rows().tolist(),
+            torch.from_numpy(production),
+            torch.from_numpy(consumption),
+            list(draw.fields),
+            {name: column.number for name, column in table.columns.items()},
+            **_fitting(sampler.filter_ready_indices, offered),
+        ),
+    )
+    return _as_rows(sampler, [] if found is None else found).tolist()  # type: ignore[no-any-return]
+
+
+def _guarded(sampler: BaseSampler, call: Callable[[], Any]) -> Any:
+    """Run user code: "not enough yet" becomes None, anything that is not ours a `SamplerError` with the traceback."""
+    try:
+        return call()
+    except InsufficientSamples:
+        return None
+    except TransferQueueError:
+        raise
+    except Exception as error:  # user code: whatever it raises fails only this request
+        if isinstance(error, ValueError) and str(error).startswith("Insufficient ready indices"):
+            return None
+        text = "".join(traceback.format_exception(error)).rstrip()
+        raise SamplerError(f"sampler {sampler!r} raised {type(error).__name__}: {error}\n{text}") from error
+
+
+def _as_rows(sampler: BaseSampler, chosen: Any) -> Int64s:
+    rows = np.asarray(chosen)
+    if rows.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise SamplerError(f"sampler {sampler!r} returned {chosen!r:.200}, not a flat sequence of indices")
+    return rows.astype(np.int64, copy=False)
+
+
+def _expand(heads: Int64s, size: int, ready: ReadySet, table: RowTable) -> Int64s:
+    """Replace the first row of each group by the whole group."""
+    partition = ready.partition
+    rows = []
+    for row in heads.tolist():
+        number = int(table.group[row])
+        ordinal = int(table.ordinal[row])
+        ordinals = partition.groups[number].ordinals if number >= 0 else np.arange(ordinal, ordinal + size)
+        rows.append(partition.rows_at(ordinals))
+    return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+
+
+def _check(sampler: BaseSampler, rows: Int64s, ready: ReadySet, table: RowTable, allowed: list[int] | None) -> None:
+    """A row may be handed out once per draw, if it is ready and of the asked partition."""
+    inside = (rows >= 0) & (rows < table.capacity)
+    own = inside & (table.partition[np.where(inside, rows, 0)] == ready.partition.number)
+    fits = own.copy()
+    fits[own] = ready.contains(table.ordinal[rows[own]])
+    if allowed is not None:
+        fits &= np.isin(rows, np.asarray(allowed, dtype=np.int64))
+    if not fits.all():
+        raise SamplerError(
+            f"sampler {sampler!r} returned rows that are not ready for this draw in partition "
+            f"{ready.partition.name!r}: {rows[~fits][:10].tolist()}"
+        )
+    if len(np.unique(rows)) != len(rows):
+        found, counts = np.unique(rows, return_counts=True)
+        raise SamplerError(f"sampler {sampler!r} returned rows more than once: {found[counts > 1][:10].tolist()}")
+
+
+class _ByIndex(Mapping[int, Any]):
+    """A lazy view: global index → value, only of the rows that have one."""
+
+    def __init__(self, partition: Partition, table: RowTable, look: Callable[[int], Any]) -> None:
+        self._partition, self._table, self._look = partition, table, look
+
+    def __getitem__(self, row: int) -> Any:
+        value = self._look(row) if 0 <= row < self._table.capacity else None
+        if value is None:
+            raise KeyError(row)
+        return value
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for row in self._partition.rows().tolist() if self._look(row) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _RowViews:
+    """What samplers may know about rows beside that they are ready."""
+
+    def __init__(self, partition: Partition, table: RowTable) -> None:
+        self.group_ids = _ByIndex(partition, table, partition.group_id)
+        self.tags = _ByIndex(partition, table, lambda row: dict(table.tags[row]) if row in table.tags else None)
+        self.seqlens = _ByIndex(partition, table, lambda row: table.tags.get(row, {}).get("seq_len"))
+
+
+def _fitting(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """The offered keywords that the function takes."""
+    accepted = accepted_names(function)
+    return offered if accepted is None else {name: value for name, value in offered.items() if name in accepted}

@@ -1,0 +1,133 @@
+"""Parked requests: who waits for what, in order of arrival, until when."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from transfer_queue.ledger.partition import ready_key
+from transfer_queue.ledger.selection import Plan
+from transfer_queue.messages import Draw, Put
+
+Ticket: TypeAlias = Hashable
+
+
+@dataclass(eq=False)
+class WaitingDraw:
+    """A draw that could not be served yet. Draws with equal `signature` are served or not by the same state."""
+
+    ticket: Ticket
+    draw: Draw
+    plan: Plan
+    partition: str
+    since: float
+    deadline: float
+    order: int
+    ready_key: tuple[str, tuple[str, ...]] = field(init=False)
+    signature: Hashable = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ready_key = ready_key(self.draw.task_name, self.draw.fields)
+        alike = (id(self.plan.sampler), self.plan.want, self.plan.group_size)
+        self.signature = (self.ready_key, self.order if self.draw.sampler_params else alike)
+
+
+@dataclass(eq=False)
+class WaitingPut:
+    """A put into a step whose window is not free yet."""
+
+    ticket: Ticket
+    put: Put
+    client: str
+    partition: str
+    since: float
+    deadline: float
+    order: int
+
+
+Waiting: TypeAlias = WaitingDraw | WaitingPut
+
+
+class WaitingRoom:
+    """Parked requests by what they wait for, and their deadlines."""
+
+    def __init__(self) -> None:
+        self._by_ticket: dict[Ticket, Waiting] = {}
+        self._draws: dict[tuple[str, str], dict[int, WaitingDraw]] = {}
+        self._sets: dict[str, Counter[tuple[str, tuple[str, ...]]]] = {}
+        self._puts: dict[int, WaitingPut] = {}
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._order = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._by_ticket)
+
+    def park_draw(self, ticket: Ticket, draw: Draw, plan: Plan, partition: str, now: float) -> None:
+        waiting = WaitingDraw(ticket, draw, plan, partition, now, now + draw.timeout_s, next(self._order))
+        self._draws.setdefault((partition, draw.task_name), {})[waiting.order] = waiting
+        self._sets.setdefault(partition, Counter())[waiting.ready_key] += 1
+        self._note(waiting)
+
+    def park_put(self, ticket: Ticket, put: Put, client: str, partition: str, now: float) -> None:
+        waiting = WaitingPut(ticket, put, client, partition, now, now + put.timeout_s, next(self._order))
+        self._puts[waiting.order] = waiting
+        self._note(waiting)
+
+    def remove(self, ticket: Ticket) -> Waiting | None:
+        """Take a request out; None if it is not here (any more)."""
+        waiting = self._by_ticket.pop(ticket, None)
+        if isinstance(waiting, WaitingDraw):
+            room = self._draws[waiting.partition, waiting.draw.task_name]
+            del room[waiting.order]
+            if not room:
+                del self._draws[waiting.partition, waiting.draw.task_name]
+            sets = self._sets[waiting.partition]
+            sets[waiting.ready_key] -= 1
+            if not sets[waiting.ready_key]:
+                del sets[waiting.ready_key]
+            if not sets:
+                del self._sets[waiting.partition]
+        elif waiting is not None:
+            del self._puts[waiting.order]
+        return waiting
+
+    def draws(self, partition: str, task: str) -> list[WaitingDraw]:
+        """Draws of one task, in order of arrival."""
+        return list(self._draws.get((partition, task), {}).values())
+
+    def ready_keys(self, partition: str) -> list[tuple[str, tuple[str, ...]]]:
+        """The (task, field set)s that draws of this partition wait for."""
+        return list(self._sets.get(partition, ()))
+
+    def all_draws(self) -> Iterator[WaitingDraw]:
+        for room in self._draws.values():
+            yield from room.values()
+
+    def puts(self) -> list[WaitingPut]:
+        """Puts in order of arrival."""
+        return list(self._puts.values())
+
+    def next_deadline(self) -> float | None:
+        while self._deadlines and self._deadlines[0][2] not in self._by_ticket:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def overdue(self, now: float) -> list[Waiting]:
+        """Take out the requests whose deadline has come."""
+        late = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            waiting = self.remove(heapq.heappop(self._deadlines)[2])
+            assert waiting is not None
+            late.append(waiting)
+        return late
+
+    def _note(self, waiting: Waiting) -> None:
+        assert waiting.ticket not in self._by_ticket, f"ticket {waiting.ticket!r} waits already"
+        self._by_ticket[waiting.ticket] = waiting
+        if waiting.deadline < math.inf:
+            heapq.heappush(self._deadlines, (waiting.deadline, waiting.order, waiting.ticket))
