@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from transfer_queue.errors import InvalidArgument, SamplerError, StaleSampleError
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.selection import Plan, Split
-from transfer_queue.ledger.table import RowTable
+from transfer_queue.ledger.table import Handle, RowTable
 from transfer_queue.messages import Draw
 
 Int64s: TypeAlias = NDArray[np.int64]
-Key: TypeAlias = tuple[Hashable, ...]
+Key: TypeAlias = tuple[str, Hashable, int]  # ("named", dp_group_id, batch_index) or ("counted", None, number)
 
 REMEMBERED = 1024
 """How many cleared assignments of a task are remembered, so that a late rank gets an error and not new rows."""
@@ -27,21 +27,42 @@ REMEMBERED = 1024
 class Assignment:
     """One selection of `batch_size × dp_size` rows, fixed when the first rank asked."""
 
+    key: Key
     dp_size: int
-    batch_size: int
-    sampler: str
-    rows: Int64s
-    generations: Int64s
-    consumed: Int64s
-    bounds: list[int]  # rank r gets rows[bounds[r] : bounds[r + 1]]
-    served: set[int] = field(default_factory=set)
+    terms: dict[str, object]  # what all ranks have to agree on
+    chosen: Handle
+    bounds: list[int]  # rank r gets rows[bounds[r] : bounds[r + 1]] of `chosen`
+    consumed: Int64s  # what the sampler marks consumed
+    held: Handle  # reserved until the assignment is complete; what is consumed by it from then on
+    deliveries: Counter[int] = field(default_factory=Counter)  # how often each rank got its slice
+    broken: set[int] = field(default_factory=set)  # ranks whose slice lost rows before they came
 
     @property
-    def complete(self) -> bool:
-        return len(self.served) == self.dp_size
+    def missing(self) -> list[int]:
+        """Ranks that are waited for."""
+        return [rank for rank in range(self.dp_size) if rank not in self.deliveries and rank not in self.broken]
 
-    def part(self, rank: int) -> slice:
-        return slice(self.bounds[rank], self.bounds[rank + 1])
+    def slice_of(self, rank: int) -> Handle:
+        part = slice(self.bounds[rank], self.bounds[rank + 1])
+        return Handle(self.chosen.rows[part], self.chosen.generations[part])
+
+
+@dataclass
+class Turns:
+    """Which batch is next for a rank that names no group: its own count, after those that never reached it."""
+
+    count: int = 0
+    returned: set[int] = field(default_factory=set)
+
+    @property
+    def current(self) -> int:
+        return min(self.returned, default=self.count)
+
+    def advance(self) -> None:
+        if self.returned:
+            self.returned.remove(self.current)
+        else:
+            self.count += 1
 
 
 class Assignments:
@@ -50,112 +71,126 @@ class Assignments:
     def __init__(self, table: RowTable) -> None:
         self._table = table
         self._by_task: dict[tuple[str, str], dict[Key, Assignment]] = {}
-        self._count: dict[tuple[str, str, int], int] = {}
+        self._turns: dict[tuple[str, str, int], Turns] = {}
         self._cleared: dict[str, deque[tuple[str, Key]]] = {}
 
-    def key(self, partition: str, task: str, split: Split) -> Key:
-        if split.group is not None:
-            return ("named", split.group, split.batch_index)
-        return ("counted", self._count.get((partition, task, split.rank), 0))
-
     def find(self, partition: str, draw: Draw, plan: Plan) -> Assignment | None:
-        """The assignment that the rank asks for, if it exists; raises if the ranks disagree or it was cleared."""
+        """The assignment that the rank asks for, if it exists; raises if the ranks disagree or its slice lost rows.
+
+        A rank without a group name is told once of a batch that was cleared, and goes on with the next one.
+        """
         assert plan.split is not None
-        key = self.key(partition, draw.task_name, plan.split)
+        key = self._key(partition, draw.task_name, plan.split)
         found = self._by_task.get((partition, draw.task_name), {}).get(key)
         if found is None:
             if (partition, key) in self._cleared.get(draw.task_name, ()):
-                raise StaleSampleError(
-                    f"the samples of dp_group_id {plan.split.group!r}, batch_index {plan.split.batch_index} were "
-                    f"cleared in partition {partition!r}; rank {plan.split.rank} came too late for them"
-                )
+                self._came_too_late(partition, draw, plan.split, key)
             return None
-        told = (plan.split.size, draw.batch_size, repr(plan.sampler))
-        fixed = (found.dp_size, found.batch_size, found.sampler)
-        for name, mine, theirs in zip(("dp_size", "batch_size", "inner sampler"), told, fixed, strict=True):
-            if mine != theirs:
+        for name, mine in _terms(draw, plan.split).items():
+            if mine != found.terms[name]:
                 raise InvalidArgument(
                     f"ranks of dp_group_id {plan.split.group!r} of task {draw.task_name!r} disagree on {name}: "
-                    f"rank {plan.split.rank} asks with {mine}, the group was formed with {theirs}"
+                    f"rank {plan.split.rank} asks with {mine!r}, the group was formed with {found.terms[name]!r}"
                 )
+        if not self._table.fresh(*found.slice_of(plan.split.rank)).all():
+            if plan.split.group is None:
+                self.serve(partition, draw, plan.split, found)
+            self._came_too_late(partition, draw, plan.split, None)
         return found
 
     def form(self, partition: Partition, draw: Draw, plan: Plan, rows: Int64s, consumed: Int64s) -> Assignment:
         """Fix a selection for all ranks of the group."""
         assert plan.split is not None
         made = Assignment(
+            self._key(partition.name, draw.task_name, plan.split),
             plan.split.size,
-            draw.batch_size,
-            repr(plan.sampler),
-            rows,
-            self._table.generation[rows],
-            consumed,
+            _terms(draw, plan.split),
+            self._table.handle(rows),
             self._bounds(plan, rows),
+            consumed,
+            self._table.handle(rows if consumed is rows else np.union1d(rows, consumed)),
         )
-        key = self.key(partition.name, draw.task_name, plan.split)
-        self._by_task.setdefault((partition.name, draw.task_name), {})[key] = made
+        self._by_task.setdefault((partition.name, draw.task_name), {})[made.key] = made
         return made
 
     def serve(self, partition: str, draw: Draw, split: Split, assignment: Assignment) -> bool:
         """Note that the rank has its slice; return whether it had it before."""
-        if split.rank in assignment.served:
-            return True
-        key = self.key(partition, draw.task_name, split)
-        assignment.served.add(split.rank)
+        assignment.deliveries[split.rank] += 1
         if split.group is None:
-            self._count[partition, draw.task_name, split.rank] = int(key[1]) + 1  # type: ignore[call-overload]
-            if assignment.complete:
-                del self._by_task[partition, draw.task_name][key]
-        return False
+            self._turns.setdefault((partition, draw.task_name, split.rank), Turns()).advance()
+            if len(assignment.deliveries) == assignment.dp_size:
+                del self._by_task[partition, draw.task_name][assignment.key]
+        return assignment.deliveries[split.rank] > 1
 
     def unserve(self, partition: str, draw: Draw, split: Split, assignment: Assignment) -> None:
-        """The rank never got its slice after all."""
-        assignment.served.discard(split.rank)
+        """This slice never reached the rank after all."""
+        assignment.deliveries -= Counter([split.rank])
         if split.group is None:
-            self._count[partition, draw.task_name, split.rank] -= 1
-            key = self.key(partition, draw.task_name, split)
-            self._by_task.setdefault((partition, draw.task_name), {})[key] = assignment
+            self._turns[partition, draw.task_name, split.rank].returned.add(assignment.key[2])
+            self._by_task.setdefault((partition, draw.task_name), {})[assignment.key] = assignment
 
-    def open(self, partition: str, task: str) -> dict[Key, Assignment]:
-        """Assignments that some rank has not collected yet."""
-        return {key: a for key, a in self._by_task.get((partition, task), {}).items() if not a.complete}
+    def of_partition(self, partition: str) -> list[tuple[str, Assignment]]:
+        """(task, assignment) of all that are remembered in a partition."""
+        books = [(task, book) for (name, task), book in self._by_task.items() if name == partition]
+        return [(task, assignment) for task, book in books for assignment in book.values()]
 
-    def after_clear(self, partition: str) -> None:
-        """Forget the assignments of which no row is left."""
-        for (name, task), book in self._by_task.items():
-            if name != partition:
-                continue
-            memory = self._cleared.setdefault(task, deque(maxlen=REMEMBERED))
-            for key in [k for k, a in book.items() if not self._table.fresh(a.rows, a.generations).any()]:
-                del book[key]
-                if key[0] == "named":
-                    memory.append((partition, key))
+    def forget_cleared(self, partition: str) -> None:
+        """Forget the assignments of which no row is left, all but their names."""
+        for task, assignment in self.of_partition(partition):
+            if not self._table.fresh(*assignment.chosen).any():
+                del self._by_task[partition, task][assignment.key]
+                self._cleared.setdefault(task, deque(maxlen=REMEMBERED)).append((partition, assignment.key))
 
     def forget(self, partition: str, task: str | None = None) -> None:
         """Drop all assignments of a partition, of one task or of all."""
         for book in [k for k in self._by_task if k[0] == partition and task in (None, k[1])]:
             del self._by_task[book]
-        for count in [k for k in self._count if k[0] == partition and task in (None, k[1])]:
-            del self._count[count]
+        for turns in [k for k in self._turns if k[0] == partition and task in (None, k[1])]:
+            del self._turns[turns]
+        for name in [name for name in self._cleared if task in (None, name)]:  # counts start again, names do not
+            kept = [(where, key) for where, key in self._cleared[name] if where != partition or key[0] == "named"]
+            self._cleared[name] = deque(kept, maxlen=REMEMBERED)
+
+    def _key(self, partition: str, task: str, split: Split) -> Key:
+        if split.group is not None:
+            return ("named", split.group, split.batch_index)
+        turns = self._turns.get((partition, task, split.rank))
+        return ("counted", None, turns.current if turns else 0)
+
+    def _came_too_late(self, partition: str, draw: Draw, split: Split, cleared: Key | None) -> None:
+        if split.group is None and cleared is not None:
+            self._turns.setdefault((partition, draw.task_name, split.rank), Turns()).advance()
+        named = f"dp_group_id {split.group!r}, batch_index {split.batch_index}"
+        which = named if split.group is not None else "its next batch"
+        raise StaleSampleError(
+            f"samples of {which} were cleared in partition {partition!r}; rank {split.rank} of task "
+            f"{draw.task_name!r} came too late for them"
+        )
 
     def _bounds(self, plan: Plan, rows: Int64s) -> list[int]:
         assert plan.split is not None
         ranks = plan.split.size
-        starts = np.arange(len(rows) + 1)
-        if plan.sampler.whole_groups or plan.group_size is not None:
-            starts = self._group_starts(plan, rows)
+        starts = np.arange(len(rows) + 1) if plan.group_size is None else self._group_starts(plan.group_size, rows)
         units = len(starts) - 1
         if units % ranks:
             raise SamplerError(
-                f"sampler {plan.sampler!r} returned {units} {'rows' if units == len(rows) else 'groups'}, "
+                f"sampler {plan.sampler!r} returned {units} {'rows' if plan.group_size is None else 'groups'}, "
                 f"which cannot be split over {ranks} ranks"
             )
-        bounds: list[int] = starts[:: units // ranks].tolist() if units else [0] * (ranks + 1)
+        bounds: list[int] = starts[:: units // ranks].tolist()
         return bounds
 
-    def _group_starts(self, plan: Plan, rows: Int64s) -> Int64s:
+    def _group_starts(self, size: int, rows: Int64s) -> Int64s:
         """Positions at which a group starts, and the end."""
         declared = self._table.group[rows]
-        size = plan.group_size or getattr(plan.sampler, "num_n_samples", None) or 1
         block = np.where(declared >= 0, declared, -1 - self._table.ordinal[rows] // size)
         return np.concatenate([[0], np.flatnonzero(np.diff(block)) + 1, [len(rows)]])
+
+
+def _terms(draw: Draw, split: Split) -> dict[str, object]:
+    return {
+        "dp_size": split.size,
+        "batch_size": draw.batch_size,
+        "inner sampler": draw.sampler_params.get("sampler"),
+        "get_n_samples": draw.get_n_samples,
+    }

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer_queue.errors import InvalidArgument, LeaseExpired
 from transfer_queue.messages import UNIT_SHIFT
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -39,9 +40,12 @@ class BlockBook:
         else:
             self._freed_at(block).blocks.append(block)
 
-    def aborted(self, block: int) -> bool:
-        """Was the block given up because its writer was gone?"""
-        return block in self._aborted
+    def check_new(self, block: int) -> None:
+        """Raise for a block that was put before, or given up because its writer was gone."""
+        if block in self._cells:
+            raise InvalidArgument(f"block {block} holds the data of an earlier put; every put needs a block of its own")
+        if block in self._aborted:
+            raise LeaseExpired(f"block {block} was given up: its writer was taken for dead; put again")
 
     def settle(self, blocks: Int64s) -> Int64s:
         """Which of these blocks are in use (1)? The others are refused from now on (0)."""

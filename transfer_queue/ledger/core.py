@@ -67,6 +67,7 @@ class Ledger:
         self._lookup = Lookup(self._rows)
         self._drawing = Drawing(self._rows, self._lookup, sampler, num_n_samples)
         self._undoable: OrderedDict[Ticket, DrawRecord] = OrderedDict()
+        self._refused: list[Answer] = []  # parked requests that a change made impossible
         self._stirred: set[str] = set()  # partitions in which more may be served than before
         self._window_freed = False
         self.reports = Reports(self._rows, self._drawing, self._waiting)
@@ -89,17 +90,21 @@ class Ledger:
         self._waiting.park_put(ticket, request, client, name, now)
         return None
 
-    def set_tags(self, request: SetTags) -> None:
+    def set_tags(self, request: SetTags) -> int:
+        """Merge tags into rows; returns their number. Samplers may choose by them: waiting draws are tried again."""
         self._putting.set_tags(request)
+        self._stirred.update(partition.name for partition, _ in self._rows.owners(request.indexes))
+        return len(request.indexes)
 
-    def seal_group(self, request: SealGroup) -> None:
-        """The group is complete with what it has."""
+    def seal_group(self, request: SealGroup) -> int:
+        """The group is complete with what it has; returns how many rows that are."""
         partition = self._rows.existing(request.partition_id)
         group = partition.groups.seal(request.group_id)
         for ready in partition.ready.values():
             for index in ready.group_indexes():
                 index.recheck(group)
         self._stirred.add(partition.name)
+        return group.size
 
     def abort_group(self, request: AbortGroup) -> int:
         """Drop the rows of a group; later rows for it are refused."""
@@ -136,11 +141,12 @@ class Ledger:
         self._stirred.add(record.partition)
         return True
 
-    def reset(self, request: ResetConsumption) -> None:
-        """Give back what a task, or every task, consumed or reserved in a partition."""
+    def reset(self, request: ResetConsumption) -> int:
+        """Give back what a task, or every task, consumed or reserved in a partition; returns how many rows it has."""
         name = self._rows.name(request.partition_id, request.global_step)
-        self._drawing.reset(name, request.task_name)
         self._stirred.add(name)
+        self._settle_draws(name, request.task_name)
+        return self._drawing.reset(name, request.task_name)
 
     def clear(self, request: Clear) -> int:
         """Remove the named rows, or a partition with its name. Unknown partitions: nothing to do."""
@@ -151,6 +157,7 @@ class Ledger:
             return 0
         count = self._remove(partition, partition.rows(), "cleared")
         self._drawing.assignments.forget(partition.name)
+        self._settle_draws(partition.name, None)
         self._rows.drop_partition(partition)
         return count
 
@@ -158,7 +165,11 @@ class Ledger:
         """From now on this sampler serves the task (None: every task without its own), parked draws included."""
         made = self._drawing.samplers.register(task, sampler)
         for waiting in self._waiting.all_draws():
-            waiting.plan = self._drawing.samplers.plan(waiting.draw)
+            try:
+                waiting.plan = self._drawing.plan(waiting.draw, waiting.partition)
+            except TransferQueueError as error:
+                self._waiting.remove(waiting.ticket)
+                self._refused.append((waiting.ticket, error))
             self._stirred.add(waiting.partition)
         return made
 
@@ -166,7 +177,7 @@ class Ledger:
 
     def wake(self, now: float) -> list[Answer]:
         """Answer the parked requests that can be served by now, in order of arrival, and those that are overdue."""
-        answers: list[Answer] = []
+        answers, self._refused = self._refused, []
         while self._stirred or self._window_freed:
             if self._window_freed:
                 self._window_freed = False
@@ -199,6 +210,12 @@ class Ledger:
             self._stirred.add(record.partition)
         return drawn
 
+    def _settle_draws(self, name: str, task: str | None) -> None:
+        """What these draws took was given back or is gone: they cannot be undone any more."""
+        for ticket, record in list(self._undoable.items()):
+            if record.partition == name and task in (None, record.draw.task_name):
+                del self._undoable[ticket]
+
     def _clear_rows(self, rows: Int64s, generations: Int64s | None) -> int:
         self._rows.table.check_fresh(rows, np.full_like(rows, -1) if generations is None else generations)
         rows = np.unique(rows)
@@ -209,7 +226,7 @@ class Ledger:
     def _remove(self, partition: Partition, rows: Int64s, reason: str) -> int:
         if len(rows):
             self._rows.remove(partition, rows, reason)
-            self._drawing.assignments.after_clear(partition.name)
+            self._drawing.after_clear(partition)
         if partition.step is not None:
             self._window_freed = True
         self._stirred.add(partition.name)

@@ -13,7 +13,8 @@ from transfer_queue.ledger.assignments import Assignment, Assignments
 from transfer_queue.ledger.lookup import Lookup
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.rows import Rows
-from transfer_queue.ledger.selection import Plan, SamplerBook
+from transfer_queue.ledger.selection import Plan, SamplerBook, Split
+from transfer_queue.ledger.table import Handle
 from transfer_queue.messages import Draw, Drawn
 from transfer_queue.samplers.registry import SamplerLike
 
@@ -26,10 +27,9 @@ class DrawRecord:
 
     partition: str
     draw: Draw
-    plan: Plan
-    consumed: Int64s
-    generations: Int64s  # of `consumed`
-    assignment: Assignment | None
+    consumed: Handle
+    split: Split | None = None
+    assignment: Assignment | None = None
     gave_back: bool = False  # the draw made other rows available
 
 
@@ -73,8 +73,8 @@ class Drawing:
         rows, consumed = chosen
         self._rows.table.task(draw.task_name).consumed[consumed] = 1
         partition.take(draw.task_name, consumed)
-        record = DrawRecord(name, draw, plan, consumed, self._rows.table.generation[consumed], None)
-        return self._lookup.describe(name, rows, draw.fields), record
+        record = DrawRecord(name, draw, self._rows.table.handle(consumed))
+        return self._lookup.describe(name, rows, draw.fields, owners=[partition]), record
 
     def _select(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Int64s, Int64s] | None:
         ready = partition.ready_set(draw.task_name, draw.fields)
@@ -90,61 +90,85 @@ class Drawing:
             if chosen is None:
                 return None
             assignment = self.assignments.form(partition, draw, plan, *chosen)
-            self._reserve(partition, draw.task_name, assignment.rows)
-        part = assignment.part(plan.split.rank)
-        rows = assignment.rows[part]
-        self._rows.table.check_fresh(rows, assignment.generations[part])
+            self._reserve(partition, draw.task_name, assignment.held.rows)
+        rows = assignment.slice_of(plan.split.rank).rows
         if not self._rows.table.produced(rows, draw.fields).all():
             return None
+        was_complete = not assignment.missing
         replayed = self.assignments.serve(partition.name, draw, plan.split, assignment)
-        record = DrawRecord(partition.name, draw, plan, rows[:0], rows[:0], None if replayed else assignment)
-        if not replayed and assignment.complete:
+        record = DrawRecord(partition.name, draw, self._rows.table.handle(rows[:0]), plan.split, assignment)
+        if not was_complete and not assignment.missing:
             record.gave_back = self._complete(partition, draw.task_name, assignment)
         extra = {"replayed": True} if replayed else {}
-        return self._lookup.describe(partition.name, rows, draw.fields, extra_info=extra), record
+        return self._lookup.describe(partition.name, rows, draw.fields, [partition], extra_info=extra), record
 
     def _reserve(self, partition: Partition, task: str, rows: Int64s) -> None:
-        self._rows.table.task(task).reserved[rows] = True
+        column = self._rows.table.task(task)
+        column.consumed[rows] = 0
+        column.reserved[rows] = True
         partition.take(task, rows)
 
     def _complete(self, partition: Partition, task: str, assignment: Assignment) -> bool:
-        """Every rank has its slice: the rows are consumed. Returns whether some were only shown and are back."""
-        column = self._rows.table.task(task)
-        alive = self._rows.table.fresh(assignment.rows, assignment.generations)
-        rows = assignment.rows[alive]
-        column.reserved[rows] = False
-        consumed = np.isin(rows, assignment.consumed)
-        column.consumed[rows[consumed]] = 1
-        partition.give_back(task, rows[~consumed])
-        return not consumed.all()
+        """No rank is waited for: the rows are consumed. Returns whether some were only shown and are back."""
+        table = self._rows.table
+        rows = table.alive(assignment.held)
+        marked = np.isin(rows, assignment.consumed)
+        assignment.held = table.handle(rows[marked])
+        table.task(task).consumed[rows[marked]] = 1
+        self._unreserve(partition, task, rows)
+        return not bool(marked.all())
+
+    def _unreserve(self, partition: Partition, task: str, rows: Int64s) -> None:
+        self._rows.table.task(task).reserved[rows] = False
+        partition.give_back(task, rows)
 
     def undo(self, record: DrawRecord) -> None:
         """The answer never arrived: what it took is ready again."""
-        partition = self._rows.partitions.get(record.partition)
-        if partition is None:
-            return
+        partition = self._rows.partitions[record.partition]
         task = record.draw.task_name
-        column = self._rows.table.task(task)
-        rows = record.consumed[self._rows.table.fresh(record.consumed, record.generations)]
-        column.consumed[rows] = 0
+        rows = self._rows.table.alive(record.consumed)
+        self._rows.table.task(task).consumed[rows] = 0
         partition.give_back(task, rows)
-        assignment, split = record.assignment, record.plan.split
+        assignment, split = record.assignment, record.split
         if assignment is None or split is None:
             return
-        alive = assignment.rows[self._rows.table.fresh(assignment.rows, assignment.generations)]
-        column.consumed[alive] = 0
-        self._reserve(partition, task, alive)
+        was_complete = not assignment.missing
         self.assignments.unserve(partition.name, record.draw, split, assignment)
+        if was_complete and assignment.missing:
+            self._reserve(partition, task, self._rows.table.alive(assignment.held))
+            self._break_slices(partition, task, assignment)
 
-    def reset(self, name: str, task: str | None) -> None:
-        """Forget what a task, or every task, consumed and reserved in a partition."""
+    def after_clear(self, partition: Partition) -> None:
+        """Rows of the partition are gone: settle the assignments that had them."""
+        for task, assignment in self.assignments.of_partition(partition.name):
+            self._break_slices(partition, task, assignment)
+        self.assignments.forget_cleared(partition.name)
+
+    def _break_slices(self, partition: Partition, task: str, assignment: Assignment) -> None:
+        """A slice that lost rows before its rank came is not delivered any more: the rest of it is given back."""
+        table = self._rows.table
+        missing = assignment.missing
+        for rank in missing:
+            part = assignment.slice_of(rank)
+            rest = table.alive(part)
+            if len(rest) < len(part.rows):
+                assignment.broken.add(rank)
+                held = table.alive(assignment.held)
+                assignment.held = table.handle(np.setdiff1d(held, rest))
+                self._unreserve(partition, task, np.intersect1d(held, rest))
+        if missing and not assignment.missing:
+            self._complete(partition, task, assignment)
+
+    def reset(self, name: str, task: str | None) -> int:
+        """Forget what a task, or every task, consumed and reserved in a partition; returns how many rows it has."""
         partition = self._rows.partitions.get(name)
         if partition is None:
-            return
+            return 0
         rows = partition.rows()
         self.assignments.forget(name, task)
-        for known in [task] if task is not None else list(partition.accounts):
+        for known in [known for known in partition.accounts if task in (None, known)]:
             column = self._rows.table.task(known)
             column.consumed[rows] = 0
             column.reserved[rows] = False
             partition.give_back(known, rows)
+        return len(rows)

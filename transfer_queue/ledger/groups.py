@@ -56,8 +56,8 @@ class GroupTable:
     def values(self) -> list[Group]:
         return list(self._by_id.values())
 
-    def check(self, ids: Sequence[Hashable], expected: int) -> None:
-        """Raise if rows of these groups may not be added."""
+    def check(self, ids: Sequence[Hashable], expected: int, declared: bool) -> None:
+        """Raise if rows of these groups may not be added. `declared`: the caller named the expected size."""
         distinct, counts = _distinct(ids)
         for group_id, count in zip(distinct, counts, strict=True):
             if group_id in self._aborted:
@@ -65,11 +65,14 @@ class GroupTable:
             group = self._by_id.get(group_id)
             if group is None and count > expected:
                 raise InvalidArgument(f"group {group_id!r} gets {count} rows at once, its size is {expected}")
-            if group is not None and group.size + count > group.expected:
-                state = "sealed with" if group.sealed else "of"
+            if group is not None and group.size + count > group.expected and not group.sealed:
                 raise InvalidArgument(
-                    f"group {group_id!r} {state} {group.expected} rows has {group.size}; {count} more do not fit"
+                    f"group {group_id!r} of {group.expected} rows has {group.size}; {count} more do not fit"
                 )
+            if group is not None and declared and group.expected != expected and not group.sealed:
+                raise InvalidArgument(f"group {group_id!r} has group_size {group.expected}, this put says {expected}")
+            if group is not None and group.sealed:
+                raise InvalidArgument(f"group {group_id!r} is sealed with {group.expected} rows; nothing can be added")
 
     def add(self, ids: Sequence[Hashable], ordinals: Int64s, expected: int) -> Int64s:
         """Add one row per entry; return the group number of each row. `check` comes first."""
@@ -146,6 +149,19 @@ class GroupIndex:
     def recheck(self, group: Group) -> None:
         """The expected size of a declared group changed."""
         self._count("declared", np.array([group.number], dtype=np.int64), 0)
+
+    def leads(self, ordinals: Int64s, numbers: Int64s) -> NDArray[np.bool_]:
+        """[n] bool: the row is the first one of a complete group. `numbers`: the declared groups, or -1."""
+        declared = numbers >= 0
+        firsts = np.where(declared, 0, ordinals - ordinals % self.size)
+        firsts[declared] = [self._table[number].ordinals[0] for number in numbers[declared].tolist()]
+        complete = np.where(
+            declared,
+            self._complete["declared"].contains(numbers - self._offset["declared"]),
+            self._complete["positional"].contains(ordinals // self.size - self._offset["positional"]),
+        )
+        leading: NDArray[np.bool_] = complete & (firsts == ordinals)
+        return leading
 
     def first(self, count: int) -> tuple[int, list[Int64s]]:
         """The first `count` complete groups, or all there are, as lists of ordinals in order of their first row."""

@@ -30,27 +30,27 @@ class Lookup:
         produced = self._rows.table.produced(rows, fields)
         if not produced.all() and not request.allow_missing:
             self._raise_missing(rows, fields)
-        return self.describe(name, rows, fields, produced=None if produced.all() else produced.astype(np.int64))
+        return self.describe(name, rows, fields, owners, None if produced.all() else produced.astype(np.int64))
 
     def describe(
         self,
         name: str,
         rows: Int64s,
         fields: tuple[str, ...],
+        owners: list[Partition],
         produced: Int64s | None = None,
         extra_info: dict[str, Any] | None = None,
     ) -> Drawn:
         """Everything a handle on these rows carries."""
         table = self._rows.table
         indexes = rows.tolist()
-        owners = self._rows.owners(rows)
         grouped = bool((table.group[rows] >= 0).any())
         return Drawn(
             partition_id=name,
             indexes=rows,
             generations=table.generation[rows],
             fields=fields,
-            columns=self._columns(fields, [partition for partition, _ in owners]),
+            columns=self._columns(fields, owners),
             locations=self._locations(rows, fields),
             produced=produced,
             keys=tuple(table.keys.get(row) for row in indexes) if table.keys else None,
@@ -120,7 +120,7 @@ class Lookup:
             column = self._rows.table.columns.get(name)
             if column is None:
                 continue
-            blocks = np.where(column.ready[rows] == 1, column.block[rows], 0)
+            blocks = column.block[rows]
             slots = column.slot[rows].astype(np.int64)
             entry = together.setdefault(blocks.tobytes() + slots.tobytes(), ([], blocks, slots))
             entry[0].append(name)

@@ -50,6 +50,7 @@ class Partition:
         self.indexes: Int64s = np.empty(0, dtype=np.int64)
         self.length = 0  # ordinals handed out so far, minus base
         self.live = 0
+        self._leading = 0  # length of the run of cleared ordinals at the start
         self.inserted = 0
         self.keys: dict[str, int] = {}
         self.groups = GroupTable()
@@ -80,8 +81,17 @@ class Partition:
         alive = self.indexes[: self.length]
         return alive[alive >= 0]
 
+    def ordinals(self, rows: Int64s) -> Int64s:
+        return self._table.ordinal[rows]
+
     def rows_at(self, ordinals: Int64s) -> Int64s:
         return self.indexes[ordinals - self.base]
+
+    def owns(self, rows: Int64s) -> NDArray[np.bool_]:
+        """[n] bool: the slot exists and holds a row of this partition."""
+        inside = (rows >= 0) & (rows < self._table.capacity)
+        own: NDArray[np.bool_] = inside & (self._table.partition[np.where(inside, rows, 0)] == self.number)
+        return own
 
     def group_numbers(self, positions: Int64s) -> Int64s:
         """Declared group of the rows at these positions (ordinal - base), -1 for none."""
@@ -91,7 +101,7 @@ class Partition:
 
     def remove(self, rows: Int64s, reason: str) -> None:
         """Forget rows and account for them; the table's arrays still hold their status."""
-        ordinals = self._table.ordinal[rows]
+        ordinals = self.ordinals(rows)
         for ready in self.ready.values():
             ready.discard(ordinals)
         numbers = self._table.group[rows]
@@ -123,15 +133,17 @@ class Partition:
 
     def _compact(self) -> None:
         """Drop the leading cleared ordinals once they are the larger part; amortised O(1) per row."""
-        if self.length < _COMPACT_FROM or self.live > self.length // 2 or self.indexes[0] >= 0:
+        step = 64
+        while self._leading < self.length and self.indexes[self._leading] < 0:
+            ahead = self.indexes[self._leading : min(self._leading + step, self.length)] >= 0
+            self._leading += int(ahead.argmax()) if ahead.any() else len(ahead)
+            step *= 2
+        if self.length < _COMPACT_FROM or self._leading <= self.length // 2:
             return
-        alive = self.indexes[: self.length] >= 0
-        leading = int(alive.argmax()) if self.live else self.length
-        if leading <= self.length // 2:
-            return
-        self.indexes = self.indexes[leading : self.length].copy()
-        self.base += leading
-        self.length -= leading
+        self.indexes = self.indexes[self._leading : self.length].copy()
+        self.base += self._leading
+        self.length -= self._leading
+        self._leading = 0
         self.ready.clear()
 
     # ------------------------------------------------------------ fields
@@ -177,7 +189,7 @@ class Partition:
 
     def take(self, task: str, rows: Int64s) -> None:
         """The rows are consumed or reserved by the task now."""
-        ordinals = self._table.ordinal[rows]
+        ordinals = self.ordinals(rows)
         for ready in self.ready_of(task):
             ready.discard(ordinals)
 
@@ -191,7 +203,7 @@ class Partition:
 
     def _offer(self, ready: ReadySet, rows: Int64s) -> None:
         rows = rows[self._table.available(rows, ready.fields, self._table.task(ready.task))]
-        ready.add(self._table.ordinal[rows])
+        ready.add(self.ordinals(rows))
 
     def account(self, task: str) -> TaskAccount:
         """The counters of a task; rows that went before it was first seen count as dropped for it."""

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import InvalidArgument, LeaseExpired, WrongType
+from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.ledger.groups import GroupTable
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.rows import Rows, Writer
@@ -36,6 +36,10 @@ class Putting:
         if put.keys is not None and len(set(put.keys)) < count:
             repeated = sorted({key for key in put.keys if put.keys.count(key) > 1})
             raise InvalidArgument(f"keys given more than once: {repeated[:10]}")
+        if len({spec.name for spec in put.columns}) < len(put.columns):
+            raise InvalidArgument(f"fields given more than once: {[spec.name for spec in put.columns]}")
+        if put.columns and not put.block_id:
+            raise InvalidArgument("a put with fields must name the block that holds them")
         if put.group_size is not None and put.group_size < 1:
             raise InvalidArgument(f"group_size must be at least 1, not {put.group_size}")
         if put.indexes is not None:
@@ -62,8 +66,8 @@ class Putting:
 
     def apply(self, put: Put, name: str, client: str, now: float) -> tuple[PutDone, Touched]:
         """Make the put visible; raises before it changes anything."""
-        if put.block_id and self._rows.blocks.aborted(put.block_id):
-            raise LeaseExpired(f"block {put.block_id} was given up: its writer was taken for dead; put again")
+        if put.block_id:
+            self._rows.blocks.check_new(put.block_id)
         if put.indexes is not None:
             assert put.generations is not None
             rows, touched = self._named_rows(put, put.indexes, put.generations)
@@ -129,7 +133,8 @@ class Putting:
                     f"it cannot move to {put.group_ids[position]!r}"
                 )
         groups = GroupTable() if known is None else known.groups
-        groups.check([put.group_ids[position] for position in new.tolist()], self._group_size(put))
+        ids = [put.group_ids[position] for position in new.tolist()]
+        groups.check(ids, self._group_size(put), put.group_size is not None)
 
     def _group_size(self, put: Put) -> int:
         return self._num_n_samples if put.group_size is None else put.group_size

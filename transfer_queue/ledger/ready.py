@@ -36,8 +36,11 @@ class ReadySet:
     def discard(self, ordinals: Int64s) -> None:
         self._tell_groups(self._bits.discard(ordinals - self.partition.base), -1)
 
-    def contains(self, ordinals: Int64s) -> NDArray[np.bool_]:
-        return self._bits.contains(ordinals - self.partition.base)
+    def holds(self, rows: Int64s) -> NDArray[np.bool_]:
+        """[n] bool: the row is ready, and of this partition."""
+        found = self.partition.owns(rows)
+        found[found] = self._bits.contains(self.partition.ordinals(rows[found]) - self.partition.base)
+        return found
 
     def first(self, count: int) -> Int64s:
         """Global indexes of the first `count` ready rows in allocation order, or of all."""
@@ -72,6 +75,14 @@ class RowsView(ReadyView):
     def __len__(self) -> int:
         return len(self._ready)
 
+    @property
+    def partition(self) -> Partition:
+        return self._ready.partition
+
+    def holds(self, rows: Int64s) -> NDArray[np.bool_]:
+        """[n] bool: the row is in this view."""
+        return self._ready.holds(rows)
+
     @overload
     def __getitem__(self, key: int) -> int: ...
     @overload
@@ -89,7 +100,7 @@ class RowsView(ReadyView):
         found, ordinals = self._ready.groups(size).first(count)
         if not found:
             return 0, np.empty(0, dtype=np.int64)
-        return found, self._ready.partition.rows_at(np.concatenate(ordinals))
+        return found, self.partition.rows_at(np.concatenate(ordinals))
 
     def _first(self, count: int) -> Int64s:
         return self._ready.first(count)
@@ -105,6 +116,14 @@ class GroupHeadsView(RowsView):
     def __len__(self) -> int:
         return self._ready.groups(self._size).total
 
+    def holds(self, rows: Int64s) -> NDArray[np.bool_]:
+        found = self._ready.holds(rows)
+        inside = rows[found]
+        ordinals = self.partition.ordinals(inside)
+        positions = ordinals - self.partition.base
+        found[found] = self._ready.groups(self._size).leads(ordinals, self.partition.group_numbers(positions))
+        return found
+
     def _first(self, count: int) -> Int64s:
         _, ordinals = self._ready.groups(self._size).first(count)
-        return self._ready.partition.rows_at(np.array([rows[0] for rows in ordinals], dtype=np.int64))
+        return self.partition.rows_at(np.array([rows[0] for rows in ordinals], dtype=np.int64))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from transfer_queue.errors import GetMetaTimeout, UnknownName, nearest
 from transfer_queue.ledger.drawing import Drawing
-from transfer_queue.ledger.partition import Partition
+from transfer_queue.ledger.partition import Partition, ready_key
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.selection import Plan
 from transfer_queue.ledger.waiting import WaitingRoom
@@ -123,14 +123,12 @@ class Reports:
         name = self._rows.name(request.partition_id, request.global_step)
         return self._explain(name, request.task_name, request.fields, request.batch_size, now, None)
 
-    def _explain(
-        self, name: str, task: str, fields: tuple[str, ...], want: int, now: float, plan: Plan | None
-    ) -> str:
+    def _explain(self, name: str, task: str, fields: tuple[str, ...], want: int, now: float, plan: Plan | None) -> str:
         partition = self._rows.partitions.get(name)
         if partition is None:
             return f"there is no partition {name!r} yet{nearest(name, self._rows.partitions)}; nothing was put into it"
-        ready = partition.ready_set(task, fields)
-        parts = [f"{len(ready)} of {want} samples ready in partition {name!r} for task {task!r}"]
+        ready = self._ready(partition, task, fields)
+        parts = [f"{ready} of {want} samples ready in partition {name!r} for task {task!r}"]
         parts += self._missing_fields(partition, fields, now)
         parts += self._taken(partition, task)
         if plan is not None:
@@ -141,6 +139,16 @@ class Reports:
             if close := nearest(task, others).partition("did you mean ")[2]:
                 parts.append(f"task {task!r} has consumed nothing so far (did you mean {close}")
         return "; ".join(parts)
+
+    def _ready(self, partition: Partition, task: str, fields: tuple[str, ...]) -> int:
+        """Number of ready rows; by a scan where no draw of this kind was seen, which leaves no trace."""
+        known = partition.ready.get(ready_key(task, fields))
+        if known is not None:
+            return len(known)
+        rows, table = partition.rows(), self._rows.table
+        column = table.tasks.get(task)
+        ready = table.produced(rows, fields) if column is None else table.available(rows, fields, column)
+        return int(ready.sum())
 
     def _missing_fields(self, partition: Partition, fields: tuple[str, ...], now: float) -> Iterable[str]:
         for field in fields:
@@ -154,23 +162,23 @@ class Reports:
                 )
 
     def _taken(self, partition: Partition, task: str) -> Iterable[str]:
-        rows = partition.rows()
-        column = self._rows.table.task(task)
-        consumed = int(column.consumed[rows].sum())
+        column = self._rows.table.tasks.get(task)
+        if column is None:
+            return
+        consumed = int(column.consumed[partition.rows()].sum())
         if consumed:
             yield f"{consumed} of {partition.live} are consumed already"
-        for key, assignment in self._drawing.assignments.open(partition.name, task).items():
-            served = sorted(assignment.served)
-            missing = [rank for rank in range(assignment.dp_size) if rank not in assignment.served]
-            group = f"dp_group_id {key[1]!r}" if key[0] == "named" else f"unnamed dp group {key[1]}"
-            yield f"{len(assignment.rows)} are reserved by {group} (served ranks {served}, waits for ranks {missing})"
+        for name, assignment in self._drawing.assignments.of_partition(partition.name):
+            missing = assignment.missing
+            if name == task and missing:
+                kind, group, number = assignment.key
+                which = f"dp_group_id {group!r}" if kind == "named" else f"unnamed dp group {number}"
+                held = len(self._rows.table.alive(assignment.held))
+                served = sorted(assignment.deliveries)
+                yield f"{held} are reserved by {which} (served ranks {served}, waits for ranks {missing})"
 
-    def _incomplete_groups(
-        self, partition: Partition, task: str, fields: tuple[str, ...], plan: Plan
-    ) -> Iterable[str]:
+    def _incomplete_groups(self, partition: Partition, task: str, fields: tuple[str, ...], plan: Plan) -> Iterable[str]:
         size = plan.group_size
-        if size is None and plan.sampler.whole_groups:
-            size = getattr(plan.sampler, "num_n_samples", None) or self._drawing.samplers.num_n_samples
         if size is None:
             return
         yield f"{partition.ready_set(task, fields).groups(size).total} complete groups of {size}"

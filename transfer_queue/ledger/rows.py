@@ -86,6 +86,8 @@ class Rows:
     def owners(self, rows: Int64s) -> list[tuple[Partition, Int64s]]:
         """Live rows by partition; returns positions in `rows`, in order."""
         numbers = self.table.partition[rows]
+        if len(rows) and (numbers == numbers[0]).all():
+            return [(self.by_number[int(numbers[0])], np.arange(len(rows)))]
         return [(self.by_number[n], np.flatnonzero(numbers == n)) for n in np.unique(numbers).tolist()]
 
     # ------------------------------------------------------------ insertion
@@ -168,7 +170,7 @@ class Rows:
             there = rows[column.ready[rows] == 1]
             blocks.append(column.block[there])
             slots.append(column.slot[there].astype(np.int64))
-            column.ready[rows] = 0
+            column.ready[rows] = column.block[rows] = column.slot[rows] = 0
         for task in table.tasks.values():
             task.consumed[rows] = 0
             task.reserved[rows] = False

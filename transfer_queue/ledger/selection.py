@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,7 +37,8 @@ class Plan:
     """How a draw will be served: by which sampler, over whole groups or not, split over ranks or not."""
 
     sampler: BaseSampler
-    group_size: int | None  # whole groups on top of a sampler that knows none
+    group_size: int | None  # rows of a group, where whole groups are handed out
+    by_heads: bool  # whole groups on top of a sampler that knows none: it chooses among their first rows
     split: Split | None
     want: int  # rows of all ranks together
 
@@ -69,14 +70,25 @@ class SamplerBook:
         split = _split(draw.sampler_params, sampler)
         if isinstance(sampler, DPSampler):
             sampler = sampler.inner
-        group_size = self.num_n_samples if draw.get_n_samples and not sampler.whole_groups else None
-        sampler.check_request(draw.batch_size, **self._arguments(sampler.check_request, draw))
+        group_size = self._group_size(draw, sampler)
+        arguments = self._arguments(sampler.check_request, draw)
+        _guarded(sampler, lambda: sampler.check_request(draw.batch_size, **arguments))
         if group_size is not None and draw.batch_size % group_size:
             raise InvalidArgument(
                 f"batch_size ({draw.batch_size}) must be divisible by num_n_samples ({group_size}) "
                 "when whole groups are asked for"
             )
-        return Plan(sampler, group_size, split, draw.batch_size * (split.size if split else 1))
+        by_heads = group_size is not None and not sampler.whole_groups
+        return Plan(sampler, group_size, by_heads, split, draw.batch_size * (split.size if split else 1))
+
+    def _group_size(self, draw: Draw, sampler: BaseSampler) -> int | None:
+        if not draw.get_n_samples and not sampler.whole_groups:
+            return None
+        own = getattr(sampler, "num_n_samples", None) if sampler.whole_groups else None
+        size = own or draw.sampler_params.get("num_n_samples", self.num_n_samples)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InvalidArgument(f"num_n_samples must be a whole number of at least 1, not {size!r}")
+        return size
 
     def _choose(self, draw: Draw) -> BaseSampler:
         name = draw.sampler_params.get("sampler")
@@ -90,9 +102,7 @@ class SamplerBook:
         return self._by_request[key]
 
     def _arguments(self, function: Callable[..., Any], draw: Draw) -> dict[str, Any]:
-        offered = {**draw.sampler_params, "task_name": draw.task_name, "num_n_samples": self.num_n_samples}
-        if "num_n_samples" in draw.sampler_params:
-            offered["num_n_samples"] = draw.sampler_params["num_n_samples"]
+        offered = {"num_n_samples": self.num_n_samples, **draw.sampler_params, "task_name": draw.task_name}
         for name in ("sampler", "dp_rank", "dp_size", "dp_group_id"):
             offered.pop(name, None)
         return _fitting(function, offered)
@@ -100,7 +110,9 @@ class SamplerBook:
     def select(self, plan: Plan, draw: Draw, ready: ReadySet, table: RowTable) -> tuple[Int64s, Int64s] | None:
         """Ask the sampler once; None: it cannot serve now. Returns (handed out, marked consumed), checked."""
         sampler = plan.sampler
-        candidates, want = _candidates(plan, draw, ready, table)
+        view = GroupHeadsView(ready, plan.group_size) if plan.by_heads and plan.group_size else RowsView(ready)
+        want = plan.want // plan.group_size if plan.by_heads and plan.group_size else plan.want
+        candidates = _candidates(plan, draw, view, ready, table)
         if len(candidates) < want and not sampler.accepts_partial:
             return None
         views = _RowViews(ready.partition, table)
@@ -117,26 +129,26 @@ class SamplerBook:
         chosen = _guarded(sampler, lambda: sampler.sample(candidates, want, **offered))
         if chosen is None:
             return None
-        pair = chosen if isinstance(chosen, tuple) else (chosen, chosen)
-        sampled, consumed = (_as_rows(sampler, part) for part in pair)
+        handed_out, marked = _pair(chosen)
+        sampled = _checked(sampler, handed_out, candidates, view)
+        consumed = sampled if marked is handed_out else _checked(sampler, marked, candidates, view)
         if len(sampled) == 0:
             return None
-        if plan.group_size is not None:
-            sampled, consumed = (_expand(part, plan.group_size, ready, table) for part in (sampled, consumed))
-        allowed = None if type(sampler).filter_ready_indices is BaseSampler.filter_ready_indices else candidates
-        for part in (sampled, consumed):
-            _check(sampler, part, ready, table, allowed)
+        if plan.by_heads and plan.group_size:
+            same = consumed is sampled
+            sampled = _expand(sampled, plan.group_size, ready, table)
+            consumed = sampled if same else _expand(consumed, plan.group_size, ready, table)
         return sampled, consumed
 
 
 def _split(params: Mapping[str, Any], sampler: BaseSampler) -> Split | None:
     own = sampler if isinstance(sampler, DPSampler) else None
-    if own is None and "dp_size" not in params:
+    if own is None and params.keys().isdisjoint(("dp_rank", "dp_size")):
         return None
     rank = params.get("dp_rank", own.dp_rank if own else None)
     size = params.get("dp_size", own.dp_size if own else None)
-    if rank is None:
-        raise InvalidArgument("sampler_params gives dp_size without dp_rank; give both")
+    if rank is None or size is None:
+        raise InvalidArgument("sampler_params gives one of dp_rank and dp_size; give both")
     check_rank(rank, size)
     group, batch_index = params.get("dp_group_id"), params.get("batch_index", 0)
     if group is not None and (isinstance(group, bool) or not isinstance(group, str | int)):
@@ -146,22 +158,20 @@ def _split(params: Mapping[str, Any], sampler: BaseSampler) -> Split | None:
     return Split(rank, size, group, batch_index)
 
 
-def _candidates(plan: Plan, draw: Draw, ready: ReadySet, table: RowTable) -> tuple[Any, int]:
-    """What the sampler chooses from, and how many."""
-    sampler = plan.sampler
-    size = plan.group_size
-    view = RowsView(ready) if size is None else GroupHeadsView(ready, size)
-    want = plan.want // (size or 1)
-    if type(sampler).filter_ready_indices is BaseSampler.filter_ready_indices:
-        return (view if sampler.lazy else view[:].tolist()), want
-    passed = _filtered(sampler, draw, ready, table)
-    if size is None:
-        return passed, want
-    heads = set(view[:].tolist())
-    return [row for row in passed if row in heads], want
+def _filters(sampler: BaseSampler) -> bool:
+    """Has the sampler a filter of its own?"""
+    return type(sampler).filter_ready_indices is not BaseSampler.filter_ready_indices
 
 
-def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable) -> list[int]:
+def _candidates(plan: Plan, draw: Draw, view: RowsView, ready: ReadySet, table: RowTable) -> Sequence[int]:
+    """What the sampler chooses from."""
+    if not _filters(plan.sampler):
+        return view if plan.sampler.lazy else view[:].tolist()
+    passed = _filtered(plan.sampler, draw, ready, table)
+    return passed[view.holds(passed)].tolist() if plan.by_heads else passed.tolist()  # type: ignore[no-any-return]
+
+
+def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable) -> Int64s:
     """The slow path: a sampler with a filter of its own gets copies of the status arrays.
 
     Where whole groups are asked for, the sampler chooses among the first rows of the complete ones that it lets pass.
@@ -185,7 +195,7 @@ def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable
             **_fitting(sampler.filter_ready_indices, offered),
         ),
     )
-    return _as_rows(sampler, [] if found is None else found).tolist()  # type: ignore[no-any-return]
+    return _as_rows(sampler, [] if found is None else found)
 
 
 def _guarded(sampler: BaseSampler, call: Callable[[], Any]) -> Any:
@@ -203,13 +213,38 @@ def _guarded(sampler: BaseSampler, call: Callable[[], Any]) -> Any:
         raise SamplerError(f"sampler {sampler!r} raised {type(error).__name__}: {error}\n{text}") from error
 
 
+def _pair(chosen: Any) -> tuple[Any, Any]:
+    """(handed out, marked consumed): what a sampler returned, or the same rows twice."""
+    if isinstance(chosen, tuple) and len(chosen) == 2 and not isinstance(chosen[0], int | np.integer):
+        return chosen
+    return chosen, chosen
+
+
 def _as_rows(sampler: BaseSampler, chosen: Any) -> Int64s:
-    rows = np.asarray(chosen)
-    if rows.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+    try:
+        rows = np.asarray(chosen)
+    except (TypeError, ValueError):
+        rows = np.empty((0, 0))
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
         raise SamplerError(f"sampler {sampler!r} returned {chosen!r:.200}, not a flat sequence of indices")
     return rows.astype(np.int64, copy=False)
+
+
+def _checked(sampler: BaseSampler, chosen: Any, candidates: Sequence[int], view: RowsView) -> Int64s:
+    """A row may be handed out once per draw, if it is one of those that the sampler was given."""
+    rows = _as_rows(sampler, chosen)
+    fits = view.holds(rows)
+    if _filters(sampler):
+        fits &= np.isin(rows, np.asarray(candidates, dtype=np.int64))
+    if not fits.all():
+        raise SamplerError(
+            f"sampler {sampler!r} returned rows that are not ready for this draw in partition "
+            f"{view.partition.name!r}: {rows[~fits][:10].tolist()}"
+        )
+    if len(set(rows.tolist())) < len(rows):
+        found, counts = np.unique(rows, return_counts=True)
+        raise SamplerError(f"sampler {sampler!r} returned rows more than once: {found[counts > 1][:10].tolist()}")
+    return rows
 
 
 def _expand(heads: Int64s, size: int, ready: ReadySet, table: RowTable) -> Int64s:
@@ -224,24 +259,6 @@ def _expand(heads: Int64s, size: int, ready: ReadySet, table: RowTable) -> Int64
     return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
 
 
-def _check(sampler: BaseSampler, rows: Int64s, ready: ReadySet, table: RowTable, allowed: list[int] | None) -> None:
-    """A row may be handed out once per draw, if it is ready and of the asked partition."""
-    inside = (rows >= 0) & (rows < table.capacity)
-    own = inside & (table.partition[np.where(inside, rows, 0)] == ready.partition.number)
-    fits = own.copy()
-    fits[own] = ready.contains(table.ordinal[rows[own]])
-    if allowed is not None:
-        fits &= np.isin(rows, np.asarray(allowed, dtype=np.int64))
-    if not fits.all():
-        raise SamplerError(
-            f"sampler {sampler!r} returned rows that are not ready for this draw in partition "
-            f"{ready.partition.name!r}: {rows[~fits][:10].tolist()}"
-        )
-    if len(np.unique(rows)) != len(rows):
-        found, counts = np.unique(rows, return_counts=True)
-        raise SamplerError(f"sampler {sampler!r} returned rows more than once: {found[counts > 1][:10].tolist()}")
-
-
 class _ByIndex(Mapping[int, Any]):
     """A lazy view: global index → value, only of the rows that have one."""
 
@@ -249,7 +266,8 @@ class _ByIndex(Mapping[int, Any]):
         self._partition, self._table, self._look = partition, table, look
 
     def __getitem__(self, row: int) -> Any:
-        value = self._look(row) if 0 <= row < self._table.capacity else None
+        own = 0 <= row < self._table.capacity and self._table.partition[row] == self._partition.number
+        value = self._look(row) if own else None
         if value is None:
             raise KeyError(row)
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ ANY_GENERATION = -1
 
 @dataclass
 class Column:
-    """One field of every slot: is it there, and where."""
+    """One field of every slot: is it there, and where. Block and slot are 0 where it is not."""
 
     number: int
     ready: NDArray[np.int8]  # [capacity] 0/1
@@ -34,6 +34,13 @@ class TaskColumn:
 
     consumed: NDArray[np.int8]  # [capacity] 0/1
     reserved: NDArray[np.bool_]  # [capacity]
+
+
+class Handle(NamedTuple):
+    """Rows, and which of their slots' lives is meant."""
+
+    rows: Int64s
+    generations: Int64s
 
 
 @dataclass
@@ -98,7 +105,8 @@ class RowTable:
 
     def available(self, rows: Int64s, fields: tuple[str, ...], task: TaskColumn) -> NDArray[np.bool_]:
         """[n] bool: produced, and neither consumed nor reserved by the task."""
-        return self.produced(rows, fields) & (task.consumed[rows] == 0) & ~task.reserved[rows]
+        free: NDArray[np.bool_] = (task.consumed[rows] == 0) & ~task.reserved[rows]
+        return np.logical_and(self.produced(rows, fields), free)
 
     def fresh(self, rows: Int64s, generations: Int64s) -> NDArray[np.bool_]:
         """[n] bool: the slot still holds the row that the handle means."""
@@ -109,6 +117,13 @@ class RowTable:
         same = (generations == ANY_GENERATION) | (self.generation[safe] == generations)
         alive: NDArray[np.bool_] = np.logical_and(inside & same, self.partition[safe] != FREE)
         return alive
+
+    def handle(self, rows: Int64s) -> Handle:
+        return Handle(rows, self.generation[rows])
+
+    def alive(self, handle: Handle) -> Int64s:
+        """The rows of a handle that were not cleared since it was made."""
+        return handle.rows[self.fresh(*handle)]
 
     def check_fresh(self, rows: Int64s, generations: Int64s) -> None:
         """Raise `StaleSampleError` naming the rows that were cleared since the handle was made."""

@@ -6,8 +6,8 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from transfer_queue.ledger.partition import ready_key
@@ -28,13 +28,15 @@ class WaitingDraw:
     since: float
     deadline: float
     order: int
-    ready_key: tuple[str, tuple[str, ...]] = field(init=False)
-    signature: Hashable = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.ready_key = ready_key(self.draw.task_name, self.draw.fields)
-        alike = (id(self.plan.sampler), self.plan.want, self.plan.group_size)
-        self.signature = (self.ready_key, self.order if self.draw.sampler_params else alike)
+    @property
+    def ready_key(self) -> tuple[str, tuple[str, ...]]:
+        return ready_key(self.draw.task_name, self.draw.fields)
+
+    @property
+    def signature(self) -> Hashable:
+        alike = (self.draw.batch_size, self.draw.get_n_samples)
+        return self.ready_key, self.order if self.draw.sampler_params else alike
 
 
 @dataclass(eq=False)
@@ -104,9 +106,8 @@ class WaitingRoom:
         """The (task, field set)s that draws of this partition wait for."""
         return list(self._sets.get(partition, ()))
 
-    def all_draws(self) -> Iterator[WaitingDraw]:
-        for room in self._draws.values():
-            yield from room.values()
+    def all_draws(self) -> list[WaitingDraw]:
+        return [waiting for room in self._draws.values() for waiting in room.values()]
 
     def puts(self) -> list[WaitingPut]:
         """Puts in order of arrival."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transfer_queue.errors import InsufficientSamples, InvalidArgument
+from transfer_queue.errors import InsufficientSamples, InvalidArgument, WrongType
 from transfer_queue.samplers.base import BaseSampler, Int64s, ReadyView, Selection
 
 
@@ -26,8 +26,8 @@ class GRPOSampler(BaseSampler):
     whole_groups = True
 
     def __init__(self, num_n_samples: int | None = None) -> None:
-        if num_n_samples is not None and (isinstance(num_n_samples, bool) or int(num_n_samples) != num_n_samples):
-            raise InvalidArgument(f"num_n_samples must be a whole number, not {num_n_samples!r}")
+        if num_n_samples is not None and (isinstance(num_n_samples, bool) or not isinstance(num_n_samples, int)):
+            raise WrongType(f"num_n_samples must be an int, not {num_n_samples!r}")
         if num_n_samples is not None and num_n_samples < 1:
             raise InvalidArgument(f"num_n_samples must be positive, not {num_n_samples}")
         self.num_n_samples = num_n_samples
@@ -54,9 +54,7 @@ class GRPOSampler(BaseSampler):
         else:
             found, rows = _groups_of_list(ready_indices, wanted, size, group_ids)
         if found < wanted:
-            raise InsufficientSamples(
-                f"Insufficient ready indices: {found} complete groups of {size}, {wanted} wanted"
-            )
+            raise InsufficientSamples(f"Insufficient ready indices: {found} complete groups of {size}, {wanted} wanted")
         return rows
 
 

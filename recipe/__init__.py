@@ -1,0 +1,1 @@
+"""Complete jobs built on the public interface of `transfer_queue`."""

@@ -1,0 +1,138 @@
+"""The job as a whole, on the embedded queue; with Ray where marked slow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensordict import TensorDict
+
+import transfer_queue
+from recipe.grpo_tiny import job
+from recipe.grpo_tiny.config import Settings
+from recipe.grpo_tiny.stages import TASK_NAMES, score_rows
+from recipe.grpo_tiny.task import Task
+
+FILES = {"metrics.jsonl", "summary.json", "reward.png", "model"}
+
+
+def small(out: Path, **changes: Any) -> Settings:
+    """20 steps of 4 prompts in two chunks."""
+    settings = Settings(out=out, runtime="embedded", steps=20, prompts=4, chunk_prompts=2, timeout_s=20)
+    return replace(settings, **changes)
+
+
+def rewards_of(out: Path) -> list[float]:
+    return [json.loads(line)["reward"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_same_seed_gives_the_same_run_and_no_learning_is_told(tmp_path: Path) -> None:
+    """Learning rate 0 fails both checks (status 3); runs of one seed agree in every step, another seed differs."""
+    outs = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        (tmp_path / name).mkdir()
+        outs.append(tmp_path / name)
+        assert job.exit_status(small(tmp_path / name, lr=0.0, seed=seed)) == job.NOT_LEARNED
+    first, again, other = map(rewards_of, outs)
+    assert len(first) == 20
+    assert first == again != other
+    summary = json.loads((outs[0] / "summary.json").read_text())
+    assert [check["passed"] for check in summary["checks"]] == [False, False]
+    assert {path.name for path in outs[0].iterdir()} == FILES
+
+
+def test_rewards_of_the_neighbour_are_found_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Paid for another group's target the reward still rises, but the policy ignores its prompt: status 3."""
+    settings = small(tmp_path, steps=40, lr=6e-3, prompts=8, chunk_prompts=8)
+
+    def of_the_neighbour(rows: TensorDict, task: Task) -> TensorDict:
+        targets = task.targets_of(rows["prompts"]).roll(settings.group_size)
+        scores = task.score(rows["responses"], targets)
+        return TensorDict({"rewards": scores.rewards, "exact": scores.exact}, batch_size=rows.batch_size)
+
+    assert job.exit_status(settings, of_the_neighbour) == job.NOT_LEARNED
+    checks = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "needed" in line]
+    assert checks == ["passed", "FAILED"]
+
+
+def test_a_lost_row_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row that somebody takes out of the queue is missed: status 4, and the steps before it stay on disk."""
+    calls = 0
+
+    def losing(rows: TensorDict, task: Task) -> TensorDict:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # the first chunk of step 2
+            client = transfer_queue.get_client()
+            stolen = client.get_meta(data_fields=["prompts"], batch_size=1, global_step=2, task_name="thief")
+            client.clear_samples(stolen)
+        return score_rows(rows, task)
+
+    assert job.exit_status(small(tmp_path, timeout_s=3), losing) == job.ROWS_WRONG
+    assert "rows lost, repeated or mismatched" in capsys.readouterr().err
+    assert len(rewards_of(tmp_path)) == 2
+
+
+def test_an_error_in_a_stage_is_raised_as_it_is(tmp_path: Path) -> None:
+    """A crash of one stage ends the waits of all others at once."""
+
+    def broken(rows: TensorDict, task: Task) -> TensorDict:
+        raise ZeroDivisionError("reward model on fire")
+
+    with pytest.raises(ZeroDivisionError, match="on fire"):
+        job.exit_status(small(tmp_path), broken)
+
+
+def test_interrupt_stops_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C gives status 130 and keeps the steps so far; the leak checks see that no thread is left."""
+    calls = 0
+
+    def interrupting(rows: TensorDict, task: Task) -> TensorDict:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            import _thread
+
+            _thread.interrupt_main()
+        return score_rows(rows, task)
+
+    assert job.exit_status(small(tmp_path), interrupting) == job.INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+    assert len(rewards_of(tmp_path)) >= 2
+
+
+def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "recipe.grpo_tiny", "--out", str(out), *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.mark.parametrize("runtime", ["embedded", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.timeout(250)
+def test_smoke_command(tmp_path: Path, runtime: str) -> None:
+    """A few steps with ragged prompts end with status 0, all files, and a bill in which every task took every row."""
+    done = command(tmp_path, "--smoke", "--runtime", runtime, "--prompt-noise", "2")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert len(rewards_of(tmp_path)) == 8
+    bills = {bill["task"]: bill for bill in json.loads((tmp_path / "summary.json").read_text())["tasks"]}
+    assert {bill["rows"] for bill in bills.values()} == {8 * 192}
+    assert set(bills) == {"insert", *TASK_NAMES}
+    assert all(bills[task]["bytes_got"] > 0 for task in TASK_NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize("runtime", ["embedded", "ray"])
+def test_the_job_learns(tmp_path: Path, runtime: str) -> None:
+    """The whole run passes both checks within its time."""
+    done = command(tmp_path, "--runtime", runtime)
+    assert done.returncode == 0, done.stdout + done.stderr
+    times = json.loads((tmp_path / "summary.json").read_text())["times_s"]
+    assert times["training"] < 60
+    assert times["whole"] < 120

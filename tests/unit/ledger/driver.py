@@ -1,0 +1,209 @@
+"""A ledger with a clock that stands still, block ids that count up, and short calls with defaults."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from transfer_queue.errors import TransferQueueError
+from transfer_queue.ledger import Ledger
+from transfer_queue.messages import (
+    AbortGroup,
+    Clear,
+    ColumnSpec,
+    Draw,
+    Drawn,
+    GetExplanation,
+    GetStatus,
+    Locate,
+    Put,
+    PutDone,
+    ResetConsumption,
+    SealGroup,
+    SetTags,
+    Status,
+)
+
+UNIT = 1 << 48
+
+
+class Driver:
+    """Drives one ledger as the controller does: after each change it wakes, and keeps the answers by ticket."""
+
+    def __init__(self, **options: Any) -> None:
+        self.ledger = Ledger(**options)
+        self.now = 100.0
+        self.answers: dict[int, PutDone | Drawn | TransferQueueError] = {}
+        self.freed: list[int] = []  # whole blocks, in the order in which they became free
+        self.freed_slots: list[tuple[int, int]] = []
+        self.ticket = 0
+        self.blocks = itertools.count(UNIT + 1)
+
+    # ------------------------------------------------------------ requests
+
+    def put(self, count: int = 1, fields: Sequence[str] = ("x",), *, client: str = "writer", **options: Any) -> Any:
+        """Insert rows, or with `to=` (a reply) add fields to its rows. None: parked."""
+        to = options.pop("to", None)
+        if to is not None:
+            count, options["indexes"], options["generations"] = len(to.indexes), to.indexes, to.generations
+        request = put_request(count, fields, next(self.blocks) if fields else 0, **options)
+        return self.after(self.ledger.put, request, self._next(), client, self.now)
+
+    def draw(self, count: int = 1, fields: Sequence[str] = ("x",), task: str = "t", **options: Any) -> Drawn | None:
+        """None: parked, unless `timeout_s=0`."""
+        request = draw_request(count, fields, task, **options)
+        drawn: Drawn | None = self.after(self.ledger.draw, request, self._next(), self.now)
+        return drawn
+
+    def rank(self, rank: int, size: int, count: int = 1, *, group: Any = None, **options: Any) -> Drawn | None:
+        """The draw of one data-parallel rank."""
+        params = {"dp_rank": rank, "dp_size": size} | options.pop("params", {})
+        if group is not None:
+            params["dp_group_id"] = group
+        return self.draw(count, sampler_params=params, **options)
+
+    def clear(self, what: Any = "p") -> int:
+        """Clear a partition by name, or the rows of a reply."""
+        if isinstance(what, str):
+            request = Clear(partition_id=what, global_step=None, indexes=None, generations=None)
+        else:
+            request = Clear(
+                partition_id=None, global_step=None, indexes=what.indexes, generations=what.generations
+            )
+        return int(self.after(self.ledger.clear, request))
+
+    def clear_rows(self, *rows: int) -> int:
+        """Clear rows whatever their generation."""
+        request = Clear(partition_id=None, global_step=None, indexes=ints(*rows), generations=None)
+        return int(self.after(self.ledger.clear, request))
+
+    def reset(self, task: str | None = None, partition: str = "p") -> None:
+        self.after(self.ledger.reset, ResetConsumption(partition_id=partition, global_step=None, task_name=task))
+
+    def seal(self, group: int | str, partition: str = "p") -> None:
+        self.after(self.ledger.seal_group, SealGroup(partition_id=partition, group_id=group))
+
+    def abort(self, group: int | str, partition: str = "p") -> int:
+        return int(self.after(self.ledger.abort_group, AbortGroup(partition_id=partition, group_id=group, reason="bad")))
+
+    def set_tags(self, rows: Any, *tags: dict[str, Any] | None) -> None:
+        request = SetTags(indexes=rows.indexes, generations=rows.generations, tags=tags)
+        self.after(self.ledger.set_tags, request)
+
+    def cancel(self, ticket: int | None = None) -> bool:
+        """Cancel the latest request, or another one."""
+        return bool(self.after(self.ledger.cancel, self.ticket if ticket is None else ticket))
+
+    def register(self, task: str | None, sampler: Any) -> None:
+        self.after(self.ledger.register_sampler, task, sampler)
+
+    def later(self, seconds: float) -> None:
+        self.now += seconds
+        self.wake()
+
+    # ------------------------------------------------------------ looking
+
+    def locate(self, rows: Any = None, fields: Sequence[str] | None = None, **options: Any) -> Drawn:
+        """Rows of a reply, of `keys=`, or all of the partition."""
+        body: dict[str, Any] = {"partition_id": "p", "global_step": None, "keys": None, "indexes": None}
+        body |= {"generations": None, "fields": None if fields is None else tuple(fields)} | options
+        if rows is not None:
+            body |= {"indexes": rows.indexes, "generations": rows.generations}
+        return self.ledger.locate(Locate(**body))
+
+    def status(self, task: str | None = None, fields: Sequence[str] | None = None, partition: str = "p") -> Status:
+        chosen = None if fields is None else tuple(fields)
+        request = GetStatus(partition_id=partition, global_step=None, task_name=task, fields=chosen)
+        return self.ledger.reports.status(request)
+
+    def account(self, task: str = "t", partition: str = "p") -> dict[str, Any]:
+        found: dict[str, Any] = self.ledger.reports.audit(partition)["partitions"][partition]["tasks"][task]
+        assert found["balanced"], found
+        return found
+
+    def explain(self, count: int = 1, fields: Sequence[str] = ("x",), task: str = "t", partition: str = "p") -> str:
+        request = GetExplanation(
+            partition_id=partition, global_step=None, task_name=task, fields=tuple(fields), batch_size=count
+        )
+        return self.ledger.reports.explain(request, self.now)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a caller can see of the state."""
+        reports = self.ledger.reports
+        partitions = reports.partitions()
+        tasks = {task for found in reports.audit()["partitions"].values() for task in found["tasks"]}
+        return {
+            "audit": copy.deepcopy(reports.audit()),
+            "partitions": partitions,
+            "production": reports.production_status().tolist(),
+            "consumption": {task: reports.consumption_status(task).tolist() for task in sorted(tasks)},
+            "fields": reports.field_mapping(),
+            "rows": [_plain(self.locate(partition_id=name, allow_missing=True)) for name in partitions],
+            "freed": (list(self.freed), list(self.freed_slots)),
+            "answers": sorted(self.answers),
+            "deadline": self.ledger.next_deadline(),
+        }
+
+    # ------------------------------------------------------------ inside
+
+    def after(self, call: Any, *arguments: Any) -> Any:
+        result = call(*arguments)
+        self.wake()
+        return result
+
+    def wake(self) -> None:
+        for ticket, answer in self.ledger.wake(self.now):
+            assert ticket not in self.answers, f"ticket {ticket} was answered twice"
+            self.answers[int(str(ticket))] = answer
+        for freed in self.ledger.blocks.take_freed().values():
+            self.freed += freed.blocks
+            for blocks, slots in zip(freed.partial_blocks, freed.partial_slots, strict=True):
+                self.freed_slots += list(zip(blocks.tolist(), slots.tolist(), strict=True))
+
+    def _next(self) -> int:
+        self.ticket += 1
+        return self.ticket
+
+
+def put_request(count: int, fields: Sequence[str], block: int, **options: Any) -> Put:
+    columns = options.pop("columns", None) or tuple(column(name) for name in fields)
+    body: dict[str, Any] = {"partition_id": "p", "global_step": None, "indexes": None, "generations": None}
+    body |= {"keys": None, "tags": None, "group_ids": None, "group_size": None, "timeout_s": 0.0} | options
+    if body["global_step"] is not None:
+        body["partition_id"] = None
+    for name in ("keys", "tags", "group_ids"):
+        body[name] = None if body[name] is None else tuple(body[name])
+    return Put(num_rows=count, block_id=block, columns=columns, **body)
+
+
+def draw_request(count: int, fields: Sequence[str] = ("x",), task: str = "t", **options: Any) -> Draw:
+    body: dict[str, Any] = {"partition_id": "p", "global_step": None, "get_n_samples": False, "timeout_s": 60.0}
+    body |= {"sampler_params": {}} | options
+    if body["global_step"] is not None:
+        body["partition_id"] = None
+    return Draw(task_name=task, fields=tuple(fields), batch_size=count, **body)
+
+
+def column(name: str, dtype: str | None = "float32", layout: str = "dense", shape: Any = (3,)) -> ColumnSpec:
+    return ColumnSpec(name=name, layout=layout, dtype=dtype, shape=shape)
+
+
+def ints(*values: int) -> Any:
+    return np.array(values, dtype=np.int64)
+
+
+def rows(reply: Any) -> list[int]:
+    """Global indexes of a reply."""
+    assert reply is not None, "the request was parked"
+    assert not isinstance(reply, BaseException), repr(reply)
+    found: list[int] = reply.indexes.tolist()
+    return found
+
+
+def _plain(drawn: Drawn) -> tuple[Any, ...]:
+    places = [(place.fields, place.blocks.tolist(), place.slots.tolist()) for place in drawn.locations]
+    return drawn.indexes.tolist(), drawn.generations.tolist(), places, drawn.keys, drawn.tags, drawn.group_ids

@@ -1,0 +1,189 @@
+"""A storage unit when space is short, when nobody takes its answers, and when holders die."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.asking_unit import MIB, Unit, block_of, free, ids, rows
+from transfer_queue.errors import (
+    CapacityExceeded,
+    ConnectionLost,
+    InvalidArgument,
+    StaleSampleError,
+    WrongType,
+)
+from transfer_queue.messages import (
+    Cancel,
+    Done,
+    ListUnits,
+    Pin,
+    ProcessId,
+    Reserve,
+    ReturnSpan,
+    Write,
+)
+from transfer_queue.storage.folder import ServerFolder
+from transfer_queue.storage.holders import process_id
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with ServerFolder("test") as created:
+        yield created.path
+
+
+@pytest.fixture
+def unit(folder: Path) -> Iterator[Unit]:
+    made = Unit(folder, capacity_bytes=4 * MIB, arena_bytes=MIB)
+    with made.service:
+        yield made
+
+
+@pytest.fixture
+def dead() -> ProcessId:
+    """A process that has ended; it was given spans and pins while it lived."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return ProcessId(host=process_id().host, pid=child.pid, start_time=-1.0)
+
+
+def test_a_unit_grows_and_reuses(unit: Unit) -> None:
+    """More than the first arena holds is served by new ones, up to the capacity; freed space serves again."""
+    blocks = [unit.put(rows(1, MIB - 8192)) for _ in range(4)]
+    assert unit.stats()["bytes_arenas"] == 4 * MIB
+    unit.tell(free(*blocks))
+    large = unit.put(np.full((1, 4 * MIB - 4096), 5, np.uint8))
+    assert unit.stats()["arenas"] == 1
+    assert (unit.read(large, [0]) == 5).all()
+
+
+def test_a_block_beyond_the_capacity_is_refused_at_once(unit: Unit) -> None:
+    """What can never fit does not wait, and the error has both sizes."""
+    with pytest.raises(CapacityExceeded, match=f"{4 * MIB + 64} bytes exceeds the capacity .* {4 * MIB} bytes"):
+        unit.reserve(4 * MIB + 1)
+    with pytest.raises(InvalidArgument):
+        unit.reserve(0)
+
+
+def test_a_reservation_waits_for_space_and_raises_at_its_deadline(unit: Unit) -> None:
+    """With the unit full, a reservation is parked; another request is served meanwhile; time or space ends the wait."""
+    held = [unit.put(rows(1, MIB - 8192)) for _ in range(4)]
+    asked = Reserve(size_bytes=MIB // 2, holder=process_id(), timeout_s=5.0)
+    first, second = unit.begin(asked), unit.begin(asked)
+    unit.turn(4.9)
+    assert first.replies == second.replies == [] and unit.stats()["waiting"] == 2
+    unit.tell(free(held[0]))
+    assert {first.result().size_bytes, second.result().size_bytes} == {MIB // 2} or second.replies == []
+    late = unit.begin(asked) if second.replies else second
+    unit.turn(5.1)
+    with pytest.raises(CapacityExceeded, match=r"no capacity for a block of 524288 bytes within 5\.0 s") as caught:
+        late.result()
+    assert caught.value.details["limit_bytes"] == 4 * MIB
+    assert unit.stats()["waiting"] == 0
+
+
+def test_a_small_reservation_is_not_held_up_by_a_large_one(unit: Unit) -> None:
+    """A parked request that cannot be served does not stand in the way of the next."""
+    held = [unit.put(rows(1, MIB - 8192)) for _ in range(4)]
+    large = unit.begin(Reserve(size_bytes=2 * MIB, holder=process_id(), timeout_s=5.0))
+    small = unit.begin(Reserve(size_bytes=MIB // 2, holder=process_id(), timeout_s=5.0))
+    unit.tell(free(held[2]))
+    assert small.result().size_bytes == MIB // 2 and large.replies == []
+    unit.service.lost(large, None)
+    assert unit.stats()["waiting"] == 0
+
+
+@pytest.mark.parametrize("how", ["cancel", "lost"])
+def test_grants_that_nobody_takes_are_undone(unit: Unit, how: str) -> None:
+    """A span or pin whose reply was withdrawn or could not be delivered is given back."""
+    block = unit.put(rows(1, 100))
+    bytes_free = unit.stats()["bytes_free"]
+    for request in (
+        Reserve(size_bytes=1000, holder=process_id(), timeout_s=1.0),
+        Pin(blocks=ids(block), holder=process_id()),
+    ):
+        asked = unit.begin(request)
+        reply = asked.result()
+        if how == "cancel":
+            unit.begin(Cancel(request_id=asked.request_id), channel="another channel")
+            assert unit.stats()["pins"] + unit.stats()["spans"] == 1
+            unit.tell(Cancel(request_id=asked.request_id))
+        else:
+            unit.service.lost(asked, reply)
+        stats = unit.stats()
+        assert (stats["pins"], stats["spans"], stats["bytes_free"]) == (0, 0, bytes_free)
+
+
+def test_what_a_dead_process_held_is_released(folder: Path, dead: ProcessId) -> None:
+    """Pins, unused tails and unfinished blocks go at once; sealed blocks stay if they were committed."""
+    asked: list[list[int]] = []
+
+    def settle(blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        asked.append(sorted(blocks.tolist()))
+        if len(asked) == 1:
+            raise ConnectionLost("the controller is away")
+        return (blocks == committed).astype(np.int64)
+
+    unit = Unit(folder, capacity_bytes=4 * MIB, arena_bytes=MIB, settle=settle)
+    with unit.service:
+        kept = unit.put(rows(1, 100))
+        unit.ask(Pin(blocks=ids(kept), holder=dead))
+        committed, orphan = unit.put(rows(1, 100), dead), unit.put(rows(1, 100), dead)
+        span = unit.reserve(MIB // 4, dead)
+        memory = np.memmap(span.arena, np.uint8, "r+", span.offset, (span.size_bytes,))
+        memory[:64] = np.frombuffer(block_of(rows(1, 100)).header(span.first_block, 1), np.uint8)
+        alive = unit.reserve(1000)
+        while unit.stats()["blocks"] != 2:
+            unit.turn(1.1)
+        stats = unit.stats()
+        assert asked[0] == asked[1] == sorted([committed, orphan])
+        assert (stats["pins"], stats["spans"], stats["blocks"]) == (0, 1, 2)
+        with pytest.raises(StaleSampleError):
+            unit.ask(Pin(blocks=ids(orphan), holder=process_id()))
+        assert alive.size_bytes == 1024
+
+
+def test_writes_stay_inside_their_span(unit: Unit) -> None:
+    """A write beyond its span, or to one that was returned, is refused."""
+    span = unit.reserve(1000)
+    assert unit.ask(Write(span=span.span, offset=24, frames=(b"x" * 500, b"", b"y" * 500))).count == 1000
+    for offset in (-1, 25):
+        with pytest.raises(InvalidArgument, match="do not fit"):
+            unit.ask(Write(span=span.span, offset=offset, frames=(b"x" * 1000,)))
+    unit.tell(ReturnSpan(span=span.span))
+    with pytest.raises(InvalidArgument, match="not lent any more"):
+        unit.ask(Write(span=span.span, offset=0, frames=(b"x",)))
+
+
+def test_a_closed_unit_answers_who_waits_and_leaves_no_files(folder: Path) -> None:
+    """Close answers parked requests, removes the arenas, and may be called twice."""
+    unit = Unit(folder, capacity_bytes=MIB, arena_bytes=MIB)
+    unit.reserve(MIB)
+    parked = unit.begin(Reserve(size_bytes=MIB, holder=process_id(), timeout_s=5.0))
+    unit.service.close()
+    unit.service.close()
+    with pytest.raises(ConnectionLost, match="was closed"):
+        parked.result()
+    with pytest.raises(ConnectionLost):
+        unit.reserve(100)
+    assert [path.name for path in folder.iterdir() if path.name.startswith("arena")] == []
+    assert unit.service.tick() is None
+
+
+def test_requests_of_others_are_refused(unit: Unit) -> None:
+    """A request for the controller gets a typed error."""
+    with pytest.raises(WrongType, match="ListUnits"):
+        unit.ask(ListUnits(timeout_s=0.0))
+
+
+def test_done_counts_the_bytes_written(unit: Unit) -> None:
+    """A write is answered with what it copied."""
+    span = unit.reserve(64)
+    assert isinstance(unit.ask(Write(span=span.span, offset=0, frames=(b"abc",))), Done)

@@ -1,0 +1,1 @@
+"""Client operations: written once as generators of steps, driven by a synchronous and an asynchronous driver."""

@@ -1,0 +1,46 @@
+"""What the controller says, as metas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transfer_queue.messages import ColumnSpec, Drawn, Location
+from transfer_queue.metadata import BatchMeta, FieldLocation, FieldSchema
+
+_NESTED = ("ragged", "shaped")
+_DENSE = "dense"
+
+
+def meta_of(drawn: Drawn) -> BatchMeta:
+    """The rows of a reply as a handle."""
+    return BatchMeta.from_columns(
+        partition_id=drawn.partition_id,
+        indexes=drawn.indexes,
+        generations=drawn.generations,
+        fields=fields_of(drawn.columns),
+        produced=drawn.produced,
+        locations=locations_of(drawn.locations),
+        keys=drawn.keys,
+        tags=drawn.tags,
+        group_ids=drawn.group_ids,
+        extra_info=drawn.extra_info,
+        lease_token=drawn.lease_token,
+        lease_deadline_s=drawn.lease_deadline_s,
+    )
+
+
+def fields_of(columns: Iterable[ColumnSpec]) -> dict[str, FieldSchema]:
+    """Descriptions of fields, as metas carry them."""
+    return {
+        spec.name: FieldSchema(
+            dtype=spec.dtype,
+            shape=spec.shape if spec.layout == _DENSE else None,
+            is_nested=spec.layout in _NESTED,
+            is_non_tensor=spec.dtype is None,
+        )
+        for spec in columns
+    }
+
+
+def locations_of(locations: Iterable[Location]) -> tuple[FieldLocation, ...]:
+    return tuple(FieldLocation(location.fields, location.blocks, location.slots) for location in locations)

@@ -1,0 +1,114 @@
+"""Arenas of units of this host, mapped into this process."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+
+from transfer_queue.errors import ConnectionLost
+from transfer_queue.storage.arena import map_file
+from transfer_queue.storage.block import Bytes
+
+
+class ArenaMaps:
+    """Each arena is mapped once, shared. Thread-safe, and valid after a fork."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"<ArenaMaps: {len(self._known)} arenas>"
+
+    def view(self, path: str) -> Bytes:
+        """Return all bytes of an arena. Raises `ConnectionLost` if its unit removed it."""
+        known = self._known.get(path)
+        if known is None:
+            for other in [other for other in list(self._known) if not os.path.exists(other)]:
+                self._known.pop(other, None)
+            descriptor = _open(path, os.O_RDWR)
+            try:
+                known = self._known[path] = map_file(descriptor, os.fstat(descriptor).st_size)
+            finally:
+                os.close(descriptor)
+        return known
+
+    def place_of(self, part: Bytes) -> tuple[str, int] | None:
+        """Return the file and the offset in it of a view of an arena; None for other memory."""
+        address = part.ctypes.data
+        for path, memory in list(self._known.items()):
+            start = address - memory.ctypes.data
+            if 0 <= start <= memory.nbytes - part.nbytes:
+                return path, start
+        return None
+
+    def clear(self) -> None:
+        """Forget all mappings; each ends with its last view."""
+        self._known.clear()
+
+
+class _PrivateMap(mmap.mmap):
+    """A mapping that keeps something alive as long as it lives itself."""
+
+    hold: object
+
+
+class Hold:
+    """Something that ends when the last private view that carries it is gone."""
+
+    __slots__ = ("__weakref__",)
+
+
+def private_view(path: str, start: int, size_bytes: int, hold: Hold) -> Bytes:
+    """Map [start, +size_bytes) of a file copy-on-write: writable, and writes stay in this view."""
+    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    descriptor = _open(path, os.O_RDONLY)
+    try:
+        mapping = _PrivateMap(descriptor, start - first + size_bytes, access=mmap.ACCESS_COPY, offset=first)
+    finally:
+        os.close(descriptor)
+    mapping.hold = hold
+    return np.frombuffer(mapping, np.uint8)[start - first :]
+
+
+class Releaser:
+    """Runs what is due when holds end, in a thread of its own: garbage collection may strike while locks are held."""
+
+    def __init__(self) -> None:
+        self._due: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def hold(self, release: Callable[[], None]) -> Hold:
+        """Return a hold; `release` is called once it is gone."""
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="tq-unpin", daemon=True)
+                self._thread.start()
+        hold = Hold()
+        weakref.finalize(hold, self._due.put, release).atexit = False
+        return hold
+
+    def close(self) -> None:
+        """Run what is due by now, and stop. May be called twice."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._due.put(None)
+            thread.join()
+
+    def _run(self) -> None:
+        while (release := self._due.get()) is not None:
+            release()
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ConnectionLost(f"the storage unit of {path} is gone, and its arenas with it") from error

@@ -1,0 +1,111 @@
+"""Checks of what callers pass, at the edge: wrong types and values end here, with the value and what to give instead."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from transfer_queue.errors import InvalidArgument, WrongType
+from transfer_queue.metadata import BatchMeta
+
+Tags: TypeAlias = "Sequence[Mapping[str, Any] | None]"
+
+DEFAULT_TIMEOUT_S = 60.0
+
+
+def address(partition_id: str | int | None, global_step: int | None) -> tuple[str | None, int | None]:
+    """(partition, step), exactly one of them given; an int in place of a partition is a step."""
+    if isinstance(partition_id, int) and not isinstance(partition_id, bool) and global_step is None:
+        partition_id, global_step = None, partition_id
+    if (partition_id is None) == (global_step is None):
+        raise InvalidArgument("give exactly one of partition_id and global_step")
+    if partition_id is not None and not isinstance(partition_id, str):
+        raise WrongType(f"partition_id must be a str, not {partition_id!r}")
+    if global_step is not None and (isinstance(global_step, bool) or not isinstance(global_step, int)):
+        raise WrongType(f"global_step must be an int, not {global_step!r}")
+    return partition_id, global_step
+
+
+def partition_name(partition_id: str | int) -> str:
+    name, step = address(partition_id, None)
+    return f"step_{step}" if name is None else name
+
+
+def timeout_seconds(timeout: float | None) -> float:
+    if timeout is None:
+        return DEFAULT_TIMEOUT_S
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise WrongType(f"timeout must be a number of seconds, not {timeout!r}")
+    if timeout < 0 or math.isnan(timeout):
+        raise InvalidArgument(f"timeout must not be negative, not {timeout!r}")
+    return float(timeout)
+
+
+def mapping_of(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise WrongType(f"{what} must be a dict, not {value!r}")
+    return dict(value or {})
+
+
+def names_of(what: str, names: Sequence[str], distinct: bool = True) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise WrongType(f"{what} must be a list of str, not {names!r}")
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise WrongType(f"{what} must be a list of str; {wrong[0]!r} is not one")
+    if distinct and len(set(names)) < len(names):
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+        raise InvalidArgument(f"{what} names something twice: {repeated[:10]}")
+    return tuple(map(str, names))
+
+
+def whole_number(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise WrongType(f"{name} must be an int, not {value!r}")
+    if value < 1:
+        raise InvalidArgument(f"{name} must be at least 1, not {value}")
+    return int(value)
+
+
+def agreed_rows(**sized: Any) -> int:
+    """The number of rows that all of the given arguments have."""
+    sizes = {name: value if isinstance(value, int) else len(value) for name, value in sized.items() if value is not None}
+    if not sizes:
+        raise InvalidArgument("nothing to put: give data, keys or tags")
+    if len(set(sizes.values())) > 1:
+        raise InvalidArgument("rows disagree: " + ", ".join(f"{name} has {size}" for name, size in sizes.items()))
+    count = next(iter(sizes.values()))
+    if count < 1:
+        raise InvalidArgument("a put needs at least one row")
+    return count
+
+
+def check_handle(metadata: Any, partition: Any, step: Any, keys: Any, group_ids: Any) -> None:
+    if not isinstance(metadata, BatchMeta):
+        raise WrongType(f"metadata must be a BatchMeta, not {type(metadata).__name__}")
+    if keys is not None or group_ids is not None:
+        raise InvalidArgument("keys and group_ids are given when rows are inserted, not with metadata")
+    if step is not None:
+        raise InvalidArgument("metadata names the rows already; do not give global_step as well")
+    if isinstance(partition, str) and metadata and set(metadata.partition_ids) != {partition}:
+        raise InvalidArgument(f"metadata is of partition {metadata.partition_ids[0]!r}, not {partition!r}")
+
+
+def group_of(group: Any) -> int | str:
+    if isinstance(group, bool) or not isinstance(group, int | str | np.integer):
+        raise WrongType(f"a group_id is an int or str, not {group!r}")
+    return group if isinstance(group, str) else int(group)
+
+
+def tags_of(tags: Tags | None) -> tuple[dict[str, Any] | None, ...] | None:
+    if tags is None:
+        return None
+    wrong = [tag for tag in tags if tag is not None and not isinstance(tag, Mapping)]
+    if wrong:
+        raise WrongType(f"a tag must be a dict or None, not {wrong[0]!r}")
+    found = tuple(dict(tag) if tag else None for tag in tags)
+    return found if any(tag for tag in found) else None

@@ -1,0 +1,127 @@
+"""The client: every operation once, with a blocking and an awaitable face."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from transfer_queue.client import reading, status, writing
+from transfer_queue.client.core import ClientCore
+from transfer_queue.client.drivers import awaitable, blocking
+from transfer_queue.client.transfer import Transfer
+from transfer_queue.errors import InvalidArgument, WrongType
+from transfer_queue.messages import UnitInfo
+from transfer_queue.metadata import ZMQServerInfo
+from transfer_queue.wire.channel import Peer
+from transfer_queue.wire.peer import AnyPeer
+
+
+class Connector(Protocol):
+    """How a client reaches the servers of a session."""
+
+    def controller(self, client_id: str) -> AnyPeer: ...
+
+    def unit(self, client_id: str, info: UnitInfo) -> AnyPeer: ...
+
+
+class SocketConnector:
+    """Over ZeroMQ: `ipc` where the server's folder can be read, TCP elsewhere or if `transport` is "tcp"."""
+
+    def __init__(self, info: ZMQServerInfo, transport: str = "auto") -> None:
+        self._info = info
+        self._transport = transport
+
+    def controller(self, client_id: str) -> AnyPeer:
+        info = self._info
+        place = (info.local_address, info.folder, info.nonce, info.to_addr("request"))
+        return Peer(*place, token=info.token, client_id=client_id, transport=self._transport)
+
+    def unit(self, client_id: str, info: UnitInfo) -> AnyPeer:
+        place = (info.local_address, info.folder, info.nonce, info.address)
+        return Peer(*place, token=self._info.token, client_id=client_id, transport=self._transport)
+
+
+class TransferQueueClient:
+    """Reads and writes one queue. One object serves all threads and event loops of a process, also after a fork.
+
+    client_id        names the caller in explanations and audits; need not be unique
+    controller_info  what `get_zmq_server_info` of the controller returns, or `conf.controller.zmq_info` of a session
+
+    Every call waits at most its `timeout` (60 s by default) and then raises. Each `x` has an `async_x` with the same
+    arguments.
+    """
+
+    def __init__(
+        self,
+        client_id: str,
+        controller_info: ZMQServerInfo,
+        *,
+        transport: str = "auto",
+        layout: str = "as_put",
+        allow_pickle: bool = False,
+        connector: Connector | None = None,
+        **zmq_options: Any,
+    ) -> None:
+        if controller_info is None:
+            raise InvalidArgument("controller_info is None: pass what get_zmq_server_info of the controller returns")
+        if not isinstance(controller_info, ZMQServerInfo):
+            raise WrongType(f"controller_info must be a ZMQServerInfo, not {type(controller_info).__name__}")
+        if not isinstance(client_id, str):
+            raise WrongType(f"client_id must be a str, not {client_id!r}")
+        unknown = [name for name in zmq_options if not name.startswith("zmq_")]
+        if unknown:
+            raise WrongType(f"TransferQueueClient takes no argument {unknown[0]!r}")
+        connector = connector or SocketConnector(controller_info, transport)
+        self.client_id = client_id
+        self.controller_info = controller_info
+        controller = connector.controller(client_id)
+        self._core = ClientCore(
+            client_id=client_id,
+            controller=controller,
+            transfer=Transfer(controller, lambda info: connector.unit(client_id, info), transport),
+            layout=layout,
+            allow_pickle=allow_pickle,
+        )
+
+    def __repr__(self) -> str:
+        return f"<TransferQueueClient {self.client_id!r} of {self.controller_info!r}>"
+
+    def __enter__(self) -> TransferQueueClient:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all connections; calls under way end with `ConnectionLost`. May be called twice."""
+        self._core.transfer.close()
+        self._core.controller.close()
+
+    get_meta, async_get_meta = blocking(reading.get_meta), awaitable(reading.get_meta)
+    get_data, async_get_data = blocking(reading.get_data), awaitable(reading.get_data)
+    put, async_put = blocking(writing.put), awaitable(writing.put)
+    set_custom_meta = blocking(writing.set_custom_meta)
+    async_set_custom_meta = awaitable(writing.set_custom_meta)
+    seal_group, async_seal_group = blocking(writing.seal_group), awaitable(writing.seal_group)
+    abort_group, async_abort_group = blocking(writing.abort_group), awaitable(writing.abort_group)
+    clear, async_clear = blocking(writing.clear), awaitable(writing.clear)
+    clear_partition, async_clear_partition = blocking(writing.clear_partition), awaitable(writing.clear_partition)
+    clear_samples, async_clear_samples = blocking(writing.clear_samples), awaitable(writing.clear_samples)
+    reset_consumption = blocking(writing.reset_consumption)
+    async_reset_consumption = awaitable(writing.reset_consumption)
+    kv_retrieve_meta, async_kv_retrieve_meta = blocking(reading.kv_retrieve_meta), awaitable(reading.kv_retrieve_meta)
+    kv_retrieve_keys, async_kv_retrieve_keys = blocking(reading.kv_retrieve_keys), awaitable(reading.kv_retrieve_keys)
+    kv_list, async_kv_list = blocking(reading.kv_list), awaitable(reading.kv_list)
+    get_partition_list = blocking(reading.get_partition_list)
+    async_get_partition_list = awaitable(reading.get_partition_list)
+    get_production_status = blocking(status.get_production_status)
+    async_get_production_status = awaitable(status.get_production_status)
+    get_consumption_status = blocking(status.get_consumption_status)
+    async_get_consumption_status = awaitable(status.get_consumption_status)
+    check_production_status = blocking(status.check_production_status)
+    async_check_production_status = awaitable(status.check_production_status)
+    check_consumption_status = blocking(status.check_consumption_status)
+    async_check_consumption_status = awaitable(status.check_consumption_status)
+    audit, async_audit = blocking(status.audit), awaitable(status.audit)
+    explain, async_explain = blocking(status.explain), awaitable(status.explain)
+    register_sampler, async_register_sampler = blocking(status.register_sampler), awaitable(status.register_sampler)
+    storage_infos, async_storage_infos = blocking(status.storage_infos), awaitable(status.storage_infos)

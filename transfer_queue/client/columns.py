@@ -1,0 +1,143 @@
+"""Between what users hold (`TensorDict`, tensors, arrays, lists) and what is stored (columns of bytes)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import (
+    LazyStackedTensorDict,
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_tensor_collection,
+)
+
+from transfer_queue.client.decoding import decode_column
+from transfer_queue.client.encoding import encode_array, encode_list, encode_rows, encode_tensor
+from transfer_queue.errors import EncodeError, InvalidArgument, UnknownName, WrongType, nearest
+from transfer_queue.storage.block import EncodedColumn
+from transfer_queue.storage.gather import GatheredColumn
+
+LAYOUTS = ("as_put", "jagged", "dense")
+
+_Encoded = tuple[int, EncodedColumn]
+
+
+def encode(data: Any, *, allow_pickle: bool = False) -> tuple[int, list[EncodedColumn]]:
+    """Return (number of rows, columns) of a `TensorDict` or a mapping of field names to columns.
+
+    The columns look at the caller's memory where it is contiguous and on the CPU: it must not change until they are
+    written. Tensors elsewhere are copied to the CPU. Raises `InvalidArgument` for columns that are not one entry per
+    row or are dictionaries of tensors themselves, `EncodeError` naming field, row and type of what cannot be stored.
+    """
+    if isinstance(data, TensorDictBase) or is_tensor_collection(data):
+        if not data.batch_size:
+            raise InvalidArgument("a TensorDict to put needs a batch size: its first dimension counts the rows")
+        rows = int(data.batch_size[0])
+        encoded = {name: _encode_entry(data, name, rows, allow_pickle) for name in _names(data.keys())}
+    elif isinstance(data, Mapping):
+        rows = -1
+        encoded = {name: _encode_column(name, data[name], allow_pickle) for name in _names(data)}
+    else:
+        raise WrongType(f"data must be a TensorDict or a mapping of fields, not {type(data).__name__}")
+    return _agreed(rows, encoded), [column for _, column in encoded.values()]
+
+
+def decode(
+    found: Mapping[str, Sequence[GatheredColumn]], rows: int, *, layout: str = "as_put", allow_pickle: bool = False
+) -> TensorDict:
+    """Return a `TensorDict` [rows] on the CPU. Its tensors are the gathered memory itself.
+
+    layout  "as_put"  dense if every row was put dense and all have one shape, else jagged
+            "jagged"  jagged, but for rows that are single values
+            "dense"   dense wherever all rows have one shape, else as put
+    Ragged rows that differ in more than their first dimension come as a strided nested tensor.
+    """
+    if layout not in LAYOUTS:
+        raise UnknownName(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
+    fields = {name: decode_column(parts, layout, allow_pickle) for name, parts in found.items()}
+    return TensorDict(fields, batch_size=[rows])
+
+
+def empty() -> TensorDict:
+    """Return a `TensorDict` [0] without fields."""
+    return TensorDict({}, batch_size=[0])
+
+
+# ---------------------------------------------------------------- one column
+
+
+def _encode_entry(data: Any, name: str, rows: int, allow_pickle: bool) -> _Encoded:
+    """Encode an entry of a `TensorDict`; what is not a tensor is one value per row, or one for all."""
+    try:
+        value = data.get(name)
+    except RuntimeError:
+        if not isinstance(data, LazyStackedTensorDict):
+            raise
+        return encode_list(name, [row.get(name) for row in data.unbind(0)], allow_pickle)
+    if isinstance(value, NonTensorStack):
+        return _encode_values(name, value.tolist(), allow_pickle)
+    if isinstance(value, NonTensorData):
+        return _encode_values(name, _entries(value.data, rows), allow_pickle)
+    if isinstance(value, torch.Tensor) or is_tensor_collection(value):
+        return _encode_column(name, value, allow_pickle)
+    return _encode_values(name, _entries(value, rows), allow_pickle)
+
+
+def _encode_column(name: str, value: Any, allow_pickle: bool) -> _Encoded:
+    if isinstance(value, torch.Tensor):
+        return encode_tensor(name, value)
+    if isinstance(value, np.ndarray):
+        return encode_array(name, value, allow_pickle)
+    if isinstance(value, NonTensorStack):
+        return _encode_values(name, value.tolist(), allow_pickle)
+    if isinstance(value, NonTensorData):
+        shape = value.batch_size
+        return _encode_values(name, _entries(value.data, int(shape[0]) if shape else 1), allow_pickle)
+    if is_tensor_collection(value) or isinstance(value, Mapping):
+        raise InvalidArgument(
+            f"field {name!r} is a {type(value).__name__}: put its entries as fields of their own, or one dict per row"
+        )
+    if isinstance(value, list | tuple):
+        return encode_list(name, value, allow_pickle)
+    raise EncodeError(
+        f"field {name!r} is a {type(value).__name__}: a column is a tensor, a NumPy array or a list, an entry per row"
+    )
+
+
+def _encode_values(name: str, values: Sequence[Any], allow_pickle: bool) -> _Encoded:
+    return len(values), encode_rows(name, values, allow_pickle)
+
+
+def _entries(payload: Any, rows: int) -> list[Any]:
+    """Spread a value that a `TensorDict` keeps for the whole batch: over its rows if it has one entry per row."""
+    if isinstance(payload, np.ndarray) and payload.ndim and len(payload) == rows and payload.dtype.kind in "OUS":
+        return list(payload.tolist())
+    if isinstance(payload, list | tuple | np.ndarray) and rows != 1 and len(payload) == rows:
+        return list(payload)
+    return [payload] * rows
+
+
+# ---------------------------------------------------------------- all columns
+
+
+def _names(keys: Any) -> list[str]:
+    names = list(keys)
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong:
+        raise InvalidArgument(f"field names are non-empty strings, not {wrong[0]!r}")
+    return names
+
+
+def _agreed(rows: int, encoded: Mapping[str, _Encoded]) -> int:
+    counts = {name: count for name, (count, _) in encoded.items()}
+    wanted = {rows} if rows >= 0 else set(counts.values())
+    if len(wanted | set(counts.values())) > 1:
+        said = "" if rows < 0 else f" for a batch of {rows}"
+        listed = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+        raise InvalidArgument(f"fields differ in their number of rows{said}: {listed}")
+    return wanted.pop() if wanted else 0

@@ -1,0 +1,233 @@
+"""Getting rows: draws, look-ups, data.
+
+B rows of a meta
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transfer_queue.client import columns, transfer
+from transfer_queue.client.answers import meta_of
+from transfer_queue.client.arguments import (
+    DEFAULT_TIMEOUT_S,
+    address,
+    mapping_of,
+    names_of,
+    partition_name,
+    timeout_seconds,
+    whole_number,
+)
+from transfer_queue.client.core import ClientCore
+from transfer_queue.client.steps import Call, Operation
+from transfer_queue.client.writing import new_rows, put_rows
+from transfer_queue.errors import InvalidArgument, StaleSampleError, UnknownName, WrongType
+from transfer_queue.messages import Draw, Drawn, ListPartitions, Locate, Location, Names
+from transfer_queue.metadata import BatchMeta
+
+if TYPE_CHECKING:
+    import torch
+    from tensordict import TensorDict
+
+_MODES = ("fetch", "insert", "force_fetch")
+
+
+def get_meta(
+    core: ClientCore,
+    data_fields: Sequence[str],
+    batch_size: int,
+    partition_id: str | int | None = None,
+    mode: str = "fetch",
+    task_name: str | None = None,
+    sampling_config: Mapping[str, Any] | None = None,
+    *,
+    global_step: int | None = None,
+    get_n_samples: bool = False,
+    sampler_params: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
+) -> Operation[BatchMeta]:
+    """Draw `batch_size` samples that have all `data_fields` and that the task did not consume yet.
+
+    Addressed by `partition_id` or `global_step` (an int in the third place is a step). The task's sampler chooses;
+    `sampler_params` (or `sampling_config`) goes to it: `dp_rank`, `dp_size`, `dp_group_id` split one choice over ranks,
+    `sampler` names another sampler. With `get_n_samples` whole groups are drawn. The samples count as consumed by the
+    task when this returns.
+
+    mode      "fetch" as above; "force_fetch" all rows of the partition as they are, consuming nothing, with
+              `production_status` per row; "insert" allocates `batch_size` new rows without data
+    timeout   seconds to wait, `None`: 60. 0: do not wait
+
+    Raises `GetMetaTimeout` saying what is missing; `InvalidArgument` at once for a draw that can never be served.
+    """
+    partition, step = address(partition_id, global_step)
+    timeout_s = timeout_seconds(timeout)
+    fields = names_of("data_fields", data_fields)
+    if mode == "insert":
+        inserted = yield from put_rows(core, new_rows(partition, step, batch_size), None, timeout_s)
+        return _with_empty_fields(inserted, fields)
+    if mode == "force_fetch":
+        return meta_of((yield Call(core.controller, _whole_partition(partition, step, fields), timeout_s)))
+    if mode != "fetch":
+        raise InvalidArgument(f"unknown mode {mode!r} (known: {', '.join(_MODES)})")
+    if not task_name:
+        raise InvalidArgument("get_meta needs a task_name: consumption is tracked per task")
+    draw = Draw(
+        partition_id=partition,
+        global_step=step,
+        task_name=task_name,
+        fields=fields,
+        batch_size=whole_number("batch_size", batch_size),
+        get_n_samples=bool(get_n_samples),
+        sampler_params=mapping_of("sampling_config", sampling_config) | mapping_of("sampler_params", sampler_params),
+        timeout_s=timeout_s,
+    )
+    return meta_of((yield Call(core.controller, draw, timeout_s)))
+
+
+def get_data(
+    core: ClientCore,
+    metadata: BatchMeta,
+    fields: Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    copy: bool = True,
+    *,
+    layout: str | None = None,
+    timeout: float | None = None,
+) -> Operation[TensorDict]:
+    """Read the fields of the meta (or the named ones) into a `TensorDict` [B], rows in the order of the meta.
+
+    The result is writable and shares memory with nothing, whatever `copy` says. With `copy=False`, fields whose rows
+    lie together on this host are private copy-on-write views of shared memory instead of copies; their space is not
+    reused before they are garbage-collected. `layout`: "as_put" (dense stays dense, ragged becomes jagged), "jagged"
+    or "dense".
+
+    Raises `StaleSampleError` if rows were cleared, `UnknownName` or `InvalidArgument` for fields that do not exist or
+    are not produced for all rows.
+    """
+    timeout_s = timeout_seconds(timeout)
+    wanted = tuple(metadata.field_names) if fields is None else names_of("fields", fields)
+    if len(metadata) == 0 or not wanted:
+        return columns.empty()
+    locations = _known_locations(metadata, wanted)
+    if locations is None:
+        locations = yield from _locate(core, metadata, wanted, timeout_s)
+    try:
+        found = yield from transfer.load(core.transfer, locations, wanted, timeout_s, copy=copy)
+    except StaleSampleError:
+        # A block is gone: because the rows were cleared (asking again says so), or because a field was written anew.
+        locations = yield from _locate(core, metadata, wanted, timeout_s)
+        found = yield from transfer.load(core.transfer, locations, wanted, timeout_s, copy=copy)
+    data = columns.decode(found, len(metadata), layout=layout or core.layout, allow_pickle=core.allow_pickle)
+    return data if device is None else data.to(device)
+
+
+def kv_retrieve_meta(
+    core: ClientCore, keys: Sequence[str] | str, partition_id: str, create: bool = False
+) -> Operation[BatchMeta]:
+    """A handle on the rows with these keys, in key order, with the fields that all of them have.
+
+    Missing keys are left out, or made (as rows without data) if `create`.
+    """
+    names = names_of("keys", [keys] if isinstance(keys, str) else keys, distinct=create)
+    if not names:
+        raise InvalidArgument("keys must not be empty")
+    if create:
+        request = new_rows(partition_name(partition_id), None, len(names)) | {"keys": names}
+        yield from put_rows(core, request, None, DEFAULT_TIMEOUT_S)
+    request_rows = Locate(
+        partition_id=partition_id,
+        global_step=None,
+        indexes=None,
+        generations=None,
+        keys=names,
+        fields=None,
+        allow_missing=True,
+    )
+    return meta_of((yield Call(core.controller, request_rows, DEFAULT_TIMEOUT_S)))
+
+
+def kv_retrieve_keys(core: ClientCore, global_indexes: Sequence[int] | int, partition_id: str) -> Operation[list[str]]:
+    """The keys of these rows, in order. Raises `UnknownName` for a row without one."""
+    rows = np.atleast_1d(np.asarray(global_indexes, dtype=np.int64))
+    request = Locate(
+        partition_id=partition_id, global_step=None, indexes=rows, generations=None, keys=None, fields=()
+    )
+    drawn: Drawn = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
+    keys = drawn.keys or (None,) * len(rows)
+    without = [int(row) for row, key in zip(rows, keys, strict=True) if key is None]
+    if without:
+        raise UnknownName(f"{len(without)} of {len(rows)} samples have no key in {partition_id!r}: {without[:10]}")
+    return [key for key in keys if key is not None]
+
+
+def kv_list(core: ClientCore, partition_id: str | None = None) -> Operation[dict[str, dict[str, dict[str, Any]]]]:
+    """`{partition: {key: tag}}`: partitions and keys in order of creation; each partition as of one moment."""
+    known = yield from get_partition_list(core)
+    chosen = known if partition_id is None else [name for name in known if name == partition_name(partition_id)]
+    requests = [
+        Call(core.controller, _whole_partition(name, None, ()), DEFAULT_TIMEOUT_S) for name in chosen
+    ]
+    replies: list[Drawn] = (yield requests) if requests else []
+    return {name: _tags_by_key(reply) for name, reply in zip(chosen, replies, strict=True)}
+
+
+def get_partition_list(core: ClientCore) -> Operation[list[str]]:
+    """Names of the partitions, in creation order."""
+    names: Names = yield Call(core.controller, ListPartitions(), DEFAULT_TIMEOUT_S)
+    return list(names.names)
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _locate(core: ClientCore, metadata: BatchMeta, fields: tuple[str, ...], timeout_s: float) -> Operation[Any]:
+    request = Locate(
+        partition_id=None,
+        global_step=None,
+        indexes=metadata.indexes,
+        generations=metadata.generations,
+        keys=None,
+        fields=fields,
+    )
+    drawn: Drawn = yield Call(core.controller, request, timeout_s)
+    return drawn.locations
+
+
+def _known_locations(metadata: BatchMeta, fields: tuple[str, ...]) -> tuple[Location, ...] | None:
+    """The meta's own knowledge of where these fields lie; None if it does not know all."""
+    chosen = []
+    for known in metadata.locations:
+        names = tuple(name for name in known.fields if name in fields)
+        if names:
+            if not known.blocks.all():
+                return None
+            chosen.append(Location(fields=names, blocks=known.blocks, slots=known.slots))
+    found = {name for location in chosen for name in location.fields}
+    return tuple(chosen) if found.issuperset(fields) else None
+
+
+def _whole_partition(partition: str | None, step: int | None, fields: tuple[str, ...]) -> Locate:
+    return Locate(
+        partition_id=partition,
+        global_step=step,
+        indexes=None,
+        generations=None,
+        keys=None,
+        fields=fields,
+        allow_missing=True,
+    )
+
+
+def _tags_by_key(rows: Drawn) -> dict[str, dict[str, Any]]:
+    tags = rows.tags or (None,) * len(rows.indexes)
+    return {key: dict(tag or {}) for key, tag in zip(rows.keys or (), tags, strict=False) if key is not None}
+
+
+def _with_empty_fields(meta: BatchMeta, fields: tuple[str, ...]) -> BatchMeta:
+    """A handle on rows of which nothing is produced yet."""
+    meta.field_schema = {name: {} for name in fields}
+    meta.production_status = np.zeros(len(meta), dtype=np.int8)
+    return meta

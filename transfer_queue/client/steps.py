@@ -1,0 +1,50 @@
+"""What an operation may ask its driver to do.
+
+An operation is a generator: it yields a step and receives its result, or the error it ended with is raised at the
+`yield`. So each operation is written once and runs in both drivers (`client.drivers`).
+
+    yield Call(peer, request, timeout_s)        -> the reply
+    yield [Call(...), Call(...)]                -> the list of replies; all are in flight at once. If one fails, the
+                                                   others are still awaited, then the first error is raised
+    yield Notify(peer, request)                 -> None, at once
+    yield Compute(function, size_bytes)         -> function(); off the event loop if it moves many bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from transfer_queue.messages import Request
+from transfer_queue.wire.peer import AnyPeer
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`timeout_s` is what the request itself may wait for; the driver allows some seconds more for the way."""
+
+    peer: AnyPeer
+    request: Request
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    peer: AnyPeer
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Compute(Generic[T]):
+    """`size_bytes`: how much memory the function touches."""
+
+    function: Callable[[], T]
+    size_bytes: int
+
+
+Step: TypeAlias = Call | Notify | Compute[Any]
+Operation: TypeAlias = Generator[Step | list[Call], Any, R]

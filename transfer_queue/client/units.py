@@ -1,0 +1,138 @@
+"""The storage units a client knows, and its spans at them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from transfer_queue.client.arenas import ArenaMaps
+from transfer_queue.messages import Reserved, ReturnSpan, UnitInfo
+from transfer_queue.storage.block import BlockPlan, Bytes, carve
+from transfer_queue.storage.folder import same_host
+from transfer_queue.storage.spans import BLOCKS_PER_SPAN
+from transfer_queue.wire.peer import AnyPeer
+
+Connect: TypeAlias = Callable[[UnitInfo, bool], AnyPeer]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a block is to be written: claimed, its header there, the rest to come."""
+
+    block_id: int
+    memory: Bytes
+
+
+class SharedSpan:
+    """The span that the small puts of one process to one unit share. Thread-safe; a forked child starts without."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._span: Reserved | None = None
+        self._memory: Bytes = np.empty(0, np.uint8)
+        self._count = self._end = 0  # blocks carved, and where the last one ends
+
+    def carve(self, plan: BlockPlan) -> Place | None:
+        """Claim the next place in the span; None if there is no span or no room in it."""
+        self._leave_to_parent()
+        with self._lock:
+            if (
+                self._span is None
+                or self._end + plan.size_bytes > self._memory.nbytes
+                or self._count == BLOCKS_PER_SPAN
+            ):
+                return None
+            place = Place(self._span.first_block + self._count, self._memory[self._end : self._end + plan.size_bytes])
+            carve(plan, place.memory, place.block_id)
+            self._count += 1
+            self._end += plan.size_bytes
+            return place
+
+    def replace(self, span: Reserved | None, memory: Bytes | None) -> int | None:
+        """Go on with another span (None: with none); return the number of the one to give back."""
+        self._leave_to_parent()
+        with self._lock:
+            old, self._span = self._span, span
+            if memory is not None:
+                self._memory = memory
+            self._count = self._end = 0
+            return None if old is None else old.span
+
+    def _leave_to_parent(self) -> None:
+        """After a fork: the span is the parent's, and its lock may be held for ever."""
+        if os.getpid() != self._pid:
+            self._pid, self._lock, self._span = os.getpid(), threading.Lock(), None
+
+
+@dataclass(eq=False)
+class UnitHandle:
+    """`local`: its arenas can be mapped from here."""
+
+    info: UnitInfo
+    peer: AnyPeer
+    local: bool
+    span: SharedSpan = field(default_factory=SharedSpan)
+    sent_bytes: int = 0
+
+    def close(self) -> None:
+        number = self.span.replace(None, None)
+        if number is not None:
+            self.peer.notify(ReturnSpan(span=number))
+        self.peer.close()
+
+
+class KnownUnits:
+    """Units by number. Thread-safe. `transport` "tcp" treats every unit as remote."""
+
+    def __init__(self, connect: Connect, transport: str = "auto") -> None:
+        self._connect = connect
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._handles: dict[int, UnitHandle] = {}
+
+    def __repr__(self) -> str:
+        return f"<KnownUnits {', '.join(handle.info.unit_id for handle in self._handles.values()) or 'none'}>"
+
+    def update(self, infos: Iterable[UnitInfo]) -> None:
+        """Take over what the controller says; a unit that is gone or has moved is disconnected."""
+        listed = {info.number: info for info in infos}
+        with self._lock:
+            known = self._handles
+            self._handles = {}
+            for number, info in listed.items():
+                handle = known.get(number)
+                if handle is not None and handle.info.address == info.address and handle.info.nonce == info.nonce:
+                    self._handles[number] = known.pop(number)
+                else:
+                    local = self._transport != "tcp" and same_host(info.folder, info.nonce)
+                    self._handles[number] = UnitHandle(info, self._connect(info, local), local)
+        for handle in known.values():
+            handle.close()
+
+    def get(self, number: int) -> UnitHandle | None:
+        return self._handles.get(number)
+
+    def forget(self, handle: UnitHandle) -> None:
+        """The unit does not answer: ask the controller before it is used again."""
+        with self._lock:
+            if self._handles.get(handle.info.number) is handle:
+                del self._handles[handle.info.number]
+        handle.peer.close()
+
+    def best(self) -> UnitHandle | None:
+        """The unit for the next put: one of this host if there is any; among those, the one that got least."""
+        return min(self._handles.values(), key=lambda unit: (not unit.local, unit.sent_bytes), default=None)
+
+    def close(self) -> None:
+        """Return the spans and disconnect. May be called twice."""
+        self.update(())
+
+
+def span_memory(maps: ArenaMaps, span: Reserved) -> Bytes:
+    return maps.view(span.arena)[span.offset : span.offset + span.size_bytes]

@@ -1,0 +1,5 @@
+"""The controller: the ledger behind one lock, and the storage units it knows."""
+
+from transfer_queue.controller.service import ControllerService
+
+__all__ = ["ControllerService"]

@@ -1,0 +1,42 @@
+"""Comparing and copying the plain values of tags and `extra_info`."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from transfer_queue.errors import WrongType
+
+_ATOMS = (str, int, float, bool, type(None))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Equality that also answers for arrays and tensors, inside containers too."""
+    if one is other:
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_value(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError, RuntimeError):  # an array against something else: no single answer
+        return False
+
+
+def copy_tag(name: str, tag: Any) -> dict[str, Any]:
+    """Copy a tag deeply; None is an empty one."""
+    if tag is None:
+        return {}
+    if not isinstance(tag, Mapping):
+        raise WrongType(f"{name} must be a dict, not {type(tag).__name__} {tag!r}")
+    return {key: value if type(value) in _ATOMS else copy.deepcopy(value) for key, value in tag.items()}

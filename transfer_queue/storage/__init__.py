@@ -1,0 +1,1 @@
+"""Storage units: columnar blocks in shared memory, lent to the processes that write and read them."""

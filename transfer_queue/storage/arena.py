@@ -1,0 +1,153 @@
+"""Shared-memory files, and the free space in them.
+
+A file is reserved when it is created, so that full memory is an error there and never a fault at a write, and its
+pages are filled in before it is offered, because first touch of a page is many times slower than the copy into it.
+It never changes its size. Space is reused warm; a file goes away only when it is empty and a larger one needs room.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import CapacityExceeded
+from transfer_queue.extents import Extents
+
+PAGE_BYTES = 4096
+DEFAULT_ARENA_BYTES = 64 << 20
+
+_FILL_BYTES = 1 << 20
+
+
+class Arena:
+    """One file, mapped. `memory` is all of it; views of it outlive `close`."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        """Create the file; raises `CapacityExceeded` if there is no memory for it."""
+        assert size_bytes > 0 and size_bytes % PAGE_BYTES == 0, size_bytes
+        self.path = str(path)
+        self.size_bytes = size_bytes
+        self.extents = Extents(size_bytes)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+            self.memory = map_file(descriptor, size_bytes)
+        except OSError as error:
+            path.unlink()
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+                raise
+            free = free_bytes(path.parent)
+            raise CapacityExceeded(
+                f"no capacity for {size_bytes} more bytes of shared memory: {free} bytes are free in {path.parent}; "
+                "clear samples, lower capacity_bytes, or give the container a larger /dev/shm",
+                needed_bytes=size_bytes,
+                free_bytes=free,
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def __repr__(self) -> str:
+        return f"<Arena {self.path}: {self.extents.free_total} of {self.size_bytes} bytes free>"
+
+    def fill(self) -> None:
+        """Touch every page. Overwrites: only before the arena is used. Runs without the interpreter lock."""
+        zeros = bytes(_FILL_BYTES)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for start in range(0, self.size_bytes, _FILL_BYTES):
+                os.pwrite(descriptor, zeros[: self.size_bytes - start], start)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Remove the file. May be called twice."""
+        Path(self.path).unlink(missing_ok=True)
+
+
+class Arenas:
+    """The arenas of a unit: at most `capacity_bytes` in all. Not thread-safe, except `create`."""
+
+    def __init__(self, folder: Path, capacity_bytes: int, arena_bytes: int = DEFAULT_ARENA_BYTES) -> None:
+        self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
+        self.arena_bytes = min(round_to_pages(arena_bytes), self.capacity_bytes)
+        self.members: list[Arena] = []
+        self.growing_bytes = 0  # sizes given out by `plan_growth` that did not become arenas yet
+        self._folder = folder
+        self._created = 0
+
+    def __repr__(self) -> str:
+        return f"<Arenas: {len(self.members)} of {self.total_bytes} bytes, {self.free_bytes} free>"
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(arena.size_bytes for arena in self.members)
+
+    @property
+    def free_bytes(self) -> int:
+        return sum(arena.extents.free_total for arena in self.members)
+
+    def allocate(self, size_bytes: int, alignment: int) -> tuple[Arena, int] | None:
+        """Return an arena and an offset in it, or None if no arena has so much in one piece."""
+        for arena in self.members:
+            offset = arena.extents.allocate(size_bytes, alignment)
+            if offset is not None:
+                return arena, offset
+        return None
+
+    def plan_growth(self, size_bytes: int) -> int | None:
+        """Return the size for a new arena that `size_bytes` fit in, now counted as growing; None if there is no room.
+
+        Empty arenas make room for it, if that helps.
+        """
+        needed = round_to_pages(size_bytes)
+        room = self.capacity_bytes - self.total_bytes - self.growing_bytes
+        empty = [arena for arena in self.members if arena.extents.free_total == arena.size_bytes]
+        if needed > room + sum(arena.size_bytes for arena in empty):
+            return None
+        while needed > room:
+            arena = empty.pop()
+            self.members.remove(arena)
+            arena.close()
+            room += arena.size_bytes
+        planned = min(max(needed, self.arena_bytes), room)
+        self.growing_bytes += planned
+        return planned
+
+    def create(self, size_bytes: int) -> Arena:
+        """Make the file for a planned arena; from any thread, one at a time. Raises as `Arena`."""
+        self._created += 1
+        return Arena(self._folder / f"arena-{self._created}", size_bytes)
+
+    def add(self, arena: Arena) -> None:
+        """Offer an arena that was planned, created and filled."""
+        self.growing_bytes -= arena.size_bytes
+        self.members.append(arena)
+
+    def give_up(self, size_bytes: int) -> None:
+        """A planned arena will not come."""
+        self.growing_bytes -= size_bytes
+
+    def close(self) -> None:
+        """Remove the files. May be called twice."""
+        while self.members:
+            self.members.pop().close()
+
+
+def map_file(descriptor: int, size_bytes: int) -> NDArray[np.uint8]:
+    """Map a file shared and writable; the mapping ends with the last view of the array."""
+    return np.frombuffer(mmap.mmap(descriptor, size_bytes), np.uint8)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes the file system of `folder` can still take."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def round_to_pages(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES

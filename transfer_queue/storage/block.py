@@ -1,0 +1,293 @@
+"""The bytes of a block: what one put wrote at one unit.
+
+    header      64 bytes, see `_HEADER`: identity, sizes, state
+    directory   MessagePack: per column its `ColumnSpec` and where its pieces lie
+    pieces      per column its values, offsets and shapes, each on a multiple of 64 bytes
+
+The header is written first, with the length of the whole block, so that the blocks of a span can be walked while
+they are being filled; its state becomes `SEALED` last. Everything behind the header is trusted only within the
+bounds that `open_block` checked.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer_queue.errors import DecodeError
+from transfer_queue.messages import ColumnSpec
+
+Bytes: TypeAlias = NDArray[np.uint8]  # [size], contiguous
+Int64s: TypeAlias = NDArray[np.int64]
+
+ALIGNMENT = 64
+HEADER_BYTES = 64
+WRITING, SEALED = 1, 2
+TENSOR_LAYOUTS = ("dense", "ragged", "shaped")
+ENCODED_LAYOUTS = ("text", "bytes", "object")
+NUMBER_BYTES = {"int": 8, "float": 8, "bool": 1}
+
+_MAGIC = b"TQBLOCK1"
+_STATE_AT = 8
+_HEADER = struct.Struct("<8sB3xIQQQ")  # magic, state, directory bytes, block id, block bytes, rows
+_MAX_RANK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedColumn:
+    """A column ready to be written: n rows as flat buffers, the caller's own memory where possible."""
+
+    spec: ColumnSpec
+    values: Sequence[Bytes]  # one behind the other
+    offsets: Int64s | None = None  # [n + 1]
+    shapes: Int64s | None = None  # [n, rank]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """A block before it has a place: `directory` and the pieces with their offsets in the block."""
+
+    rows: int
+    size_bytes: int  # a multiple of 64
+    directory: bytes
+    pieces: tuple[tuple[int, Bytes], ...]
+
+    def header(self, block_id: int, state: int) -> bytes:
+        """Return the 64 bytes that start the block."""
+        fields = (_MAGIC, state, len(self.directory), block_id, self.size_bytes, self.rows)
+        return _HEADER.pack(*fields).ljust(HEADER_BYTES, b"\0")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHead:
+    """What the header of a block says."""
+
+    block_id: int
+    sealed: bool
+    size_bytes: int
+    rows: int
+    directory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredColumn:
+    """Where a column lies in its block: offsets from the start of the block, sizes in bytes."""
+
+    spec: ColumnSpec
+    values_at: int
+    values_bytes: int
+    offsets_at: int
+    shapes_at: int
+    rank: int  # of a "shaped" row; else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row where all rows have the same, else of one step of `offsets`."""
+        if self.spec.layout in NUMBER_BYTES:
+            return NUMBER_BYTES[self.spec.layout]
+        if self.spec.dtype is None:
+            return 1
+        return item_bytes(self.spec.dtype) * math.prod(self.spec.shape or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A readable block: `start` in `memory`, which may hold many."""
+
+    memory: Bytes
+    start: int
+    head: BlockHead
+    columns: dict[str, StoredColumn]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def plan_block(columns: Iterable[EncodedColumn], rows: int) -> BlockPlan:
+    """Lay out columns of `rows` rows each."""
+    entries: list[Any] = []
+    buffers: list[tuple[int, Bytes]] = []
+    at = 0
+    for column in columns:
+        places = []
+        for piece in (column.values, *((array.view(np.uint8).reshape(-1),) for array in _indexes(column))):
+            places.append((at, sum(buffer.nbytes for buffer in piece)))
+            for buffer in piece:
+                if buffer.nbytes:
+                    buffers.append((at, buffer))
+                    at += buffer.nbytes
+            at = aligned(at)
+        spec = column.spec
+        rank = column.shapes.shape[1] if column.shapes is not None else 0
+        entries.append((spec.name, spec.layout, spec.dtype, spec.shape, rank, places))
+    directory = msgpack.packb(entries)
+    base = aligned(HEADER_BYTES + len(directory))
+    pieces = tuple((base + offset, buffer) for offset, buffer in buffers)
+    return BlockPlan(rows=rows, size_bytes=base + at, directory=directory, pieces=pieces)
+
+
+def carve(plan: BlockPlan, memory: Bytes, block_id: int) -> None:
+    """Claim the place of a block: write its header, not yet sealed."""
+    memory[:HEADER_BYTES] = np.frombuffer(plan.header(block_id, WRITING), np.uint8)
+
+
+def fill_block(plan: BlockPlan, memory: Bytes) -> None:
+    """Copy directory and pieces behind the header, and seal the block."""
+    memory[HEADER_BYTES : HEADER_BYTES + len(plan.directory)] = np.frombuffer(plan.directory, np.uint8)
+    for offset, buffer in plan.pieces:
+        memory[offset : offset + buffer.nbytes] = buffer
+    memory[_STATE_AT] = SEALED
+
+
+def write_block(plan: BlockPlan, memory: Bytes, block_id: int) -> None:
+    """Write a whole block to the start of `memory`."""
+    carve(plan, memory, block_id)
+    fill_block(plan, memory)
+
+
+def image_parts(plan: BlockPlan, block_id: int, state: int = SEALED) -> list[Bytes]:
+    """Return the whole block as buffers that follow each other, gaps included, without copying the pieces."""
+    head = plan.header(block_id, state) + plan.directory
+    parts, at = [np.frombuffer(head, np.uint8)], len(head)
+    for offset, buffer in plan.pieces:
+        if offset > at:
+            parts.append(np.zeros(offset - at, np.uint8))
+        parts.append(buffer)
+        at = offset + buffer.nbytes
+    if plan.size_bytes > at:
+        parts.append(np.zeros(plan.size_bytes - at, np.uint8))
+    return parts
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_head(memory: Bytes, start: int = 0) -> BlockHead | None:
+    """Return what the header at `start` says, or None if there is none; the directory is not looked at."""
+    if start + HEADER_BYTES > memory.nbytes:
+        return None
+    magic, state, directory_bytes, block_id, size_bytes, rows = _HEADER.unpack(
+        memory[start : start + _HEADER.size].tobytes()
+    )
+    if magic != _MAGIC or size_bytes < HEADER_BYTES + directory_bytes or start + size_bytes > memory.nbytes:
+        return None
+    return BlockHead(block_id, state == SEALED, size_bytes, rows, directory_bytes)
+
+
+class Directories:
+    """Reads directories, each distinct one once: blocks of like puts share theirs."""
+
+    __slots__ = ("_known",)
+
+    _MAX_KNOWN = 4096
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, int, int], dict[str, StoredColumn]] = {}
+
+    def open_block(self, memory: Bytes, start: int = 0, block_id: int | None = None) -> Block:
+        """Return the sealed block at `start`; `DecodeError` unless it is one, is `block_id`, and is sound."""
+        head = read_head(memory, start)
+        if head is None or not head.sealed or (block_id is not None and head.block_id != block_id):
+            found = "nothing readable" if head is None else f"block {head.block_id}, sealed: {head.sealed}"
+            wanted = "a sealed block" if block_id is None else f"sealed block {block_id}"
+            raise DecodeError(f"expected {wanted} at byte {start}, found {found}")
+        directory_at = start + HEADER_BYTES
+        raw = memory[directory_at : directory_at + head.directory_bytes].tobytes()
+        key = (raw, head.rows, head.size_bytes)
+        columns = self._known.get(key)
+        if columns is None:
+            columns = _read_directory(raw, head)
+            if len(self._known) >= self._MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = columns
+        return Block(memory, start, head, columns)
+
+
+def _read_directory(raw: bytes, head: BlockHead) -> dict[str, StoredColumn]:
+    base = aligned(HEADER_BYTES + len(raw))
+    try:
+        entries = msgpack.unpackb(raw)
+        columns = [_read_entry(entry, base) for entry in entries]
+    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+        raise DecodeError(f"the directory of block {head.block_id} is damaged: {error}") from error
+    for column in columns:
+        _check_bounds(column, head)
+    return {column.spec.name: column for column in columns}
+
+
+def _read_entry(entry: Any, base: int) -> StoredColumn:
+    name, layout, dtype, shape, rank, places = entry
+    if type(name) is not str or type(rank) is not int or not 0 <= rank <= _MAX_RANK:
+        raise ValueError("a column has no name or no rank")
+    if layout in TENSOR_LAYOUTS:
+        item_bytes(dtype)
+    elif layout not in ENCODED_LAYOUTS and layout not in NUMBER_BYTES:
+        raise ValueError(f"unknown layout {layout!r}")
+    if shape is not None and not all(type(dim) is int and dim >= 0 for dim in shape):
+        raise ValueError(f"no column has the shape {shape}")
+    spec = ColumnSpec(name=name, layout=layout, dtype=dtype, shape=None if shape is None else tuple(shape))
+    values_at, values_bytes = places[0]
+    at = [base + start for start, _ in places[1:]] + [0, 0]
+    return StoredColumn(spec, base + values_at, values_bytes, at[0], at[1], rank)
+
+
+def _check_bounds(column: StoredColumn, head: BlockHead) -> None:
+    """Every byte that the layout of a column implies must lie inside its block."""
+    pieces = [(column.values_at, column.values_bytes)]
+    if has_offsets(column.spec.layout):
+        pieces.append((column.offsets_at, 8 * (head.rows + 1)))
+    elif column.values_bytes != column.row_bytes * head.rows:
+        raise DecodeError(
+            f"column {column.spec.name!r} of block {head.block_id} has {column.values_bytes} bytes "
+            f"for {head.rows} rows of {column.row_bytes}"
+        )
+    if column.spec.layout == "shaped":
+        pieces.append((column.shapes_at, 8 * head.rows * column.rank))
+    for at, size in pieces:
+        if type(at) is not int or type(size) is not int or at < HEADER_BYTES or size < 0 or at + size > head.size_bytes:
+            raise DecodeError(f"column {column.spec.name!r} reaches beyond its block {head.block_id}")
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def has_offsets(layout: str) -> bool:
+    return layout in ("ragged", "shaped") or layout in ENCODED_LAYOUTS
+
+
+def item_bytes(dtype: str | None) -> int:
+    """Bytes of one element of a torch type, by name; ValueError for an unknown one."""
+    size = _ITEM_BYTES.get(dtype or "")
+    if size is None:
+        raise ValueError(f"unknown element type {dtype!r}")
+    return size
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _indexes(column: EncodedColumn) -> Iterable[Int64s]:
+    return (np.ascontiguousarray(array) for array in (column.offsets, column.shapes) if array is not None)
+
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("bool", "uint8", "int8"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    "float4_e2m1fn_x2": 1,
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32", "complex32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}

@@ -1,0 +1,47 @@
+"""Which process holds something, and whether it still lives."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from transfer_queue.messages import ProcessId
+
+_DEAD_STATES = "ZX"
+_STATE, _START_TIME = 0, 19  # fields of /proc/<pid>/stat behind the name
+
+
+def process_id() -> ProcessId:
+    """Return the identity of this process; a forked child has its own."""
+    return _process_id(os.getpid())
+
+
+def is_alive(process: ProcessId) -> bool:
+    """Whether the process still runs. One whose host cannot be looked into from here counts as alive."""
+    if process.host != host_id():
+        return True
+    stat = _stat(process.pid)
+    return stat is not None and stat[_STATE] not in _DEAD_STATES and float(stat[_START_TIME]) == process.start_time
+
+
+@functools.cache
+def host_id() -> str:
+    """Name the space in which process ids mean something: this boot of this machine, this pid namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+@functools.lru_cache(maxsize=1)
+def _process_id(pid: int) -> ProcessId:
+    stat = _stat(pid)
+    assert stat is not None, "a running process has an entry in /proc"
+    return ProcessId(host=host_id(), pid=pid, start_time=float(stat[_START_TIME]))
+
+
+def _stat(pid: int) -> list[str] | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return text[text.rindex(")") + 1 :].split()

@@ -1,0 +1,250 @@
+"""A server as one client sees it over sockets.
+
+A thread borrows a link for as long as it has a request under way, and waits on that link itself, so a call costs no
+extra hop. An event loop borrows one while it has at least one call under way. Nothing is shared with a forked child:
+it opens its own links, under a client id of its own, at first use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transfer_queue.errors import ConnectionLost, InvalidArgument, TransferQueueError, from_wire
+from transfer_queue.messages import Cancel, ErrorReply, Reply, Request
+from transfer_queue.wire.codec import encode_message
+from transfer_queue.wire.link import Link
+from transfer_queue.wire.pool import LoopLink, Pool
+from transfer_queue.wire.ports import choose_address
+from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED
+from transfer_queue.wire.security import MAX_CLIENT_ID_BYTES
+from transfer_queue.wire.ticket import Answer
+
+__all__ = ["Peer", "SocketPending", "choose_address"]
+
+GRACE_S = 5.0  # for the way there and back, beyond what the request itself may wait
+NOTIFY_S = 2.0
+
+_SUFFIX_BYTES = 6
+
+
+class Peer:
+    """One server. Usable from any thread and event loop, and after a fork.
+
+    The first four arguments are what a server tells of itself: with a `nonce` that this process can read in `folder`,
+    `local_address` is used, else `address`; `transport` "tcp" asks for `address` in any case. Nothing is opened before
+    the first call.
+    """
+
+    def __init__(
+        self,
+        local_address: str,
+        folder: str,
+        nonce: str,
+        address: str,
+        *,
+        token: bytes,
+        client_id: str,
+        transport: str = "auto",
+        grace_s: float = GRACE_S,
+    ) -> None:
+        if len(client_id.encode()) > MAX_CLIENT_ID_BYTES - 2 * _SUFFIX_BYTES - 1:
+            raise InvalidArgument(f"the client id has {len(client_id)} characters: choose a shorter one")
+        self.address = choose_address(local_address, folder, nonce, address, transport)
+        self.client_id = client_id
+        self._token = token
+        self._grace_s = grace_s
+        self._pool = self._new_pool()
+
+    @classmethod
+    def at(cls, address: str, *, token: bytes, client_id: str, grace_s: float = GRACE_S) -> Peer:
+        """Return the server at a known address, ipc or tcp."""
+        return cls("", "", "", address, token=token, client_id=client_id, grace_s=grace_s)
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.address} for client {self.client_id!r}{': closed' if self._pool.closed else ''}>"
+
+    def begin(self, request: Request, *, request_id: int | None = None) -> SocketPending:
+        """Send a request. Its result has to be asked for in this thread.
+
+        `request_id`: from the `details` of an earlier `ConnectionLost`; the server does not do it twice, and the
+        result is the true outcome.
+        """
+        pool = self._pool_now()
+        number, frames = _encode(pool, request, request_id)
+        try:
+            link = pool.for_thread()
+        except BaseException:
+            pool.ids.answered(number)
+            raise
+        pending = SocketPending(self, pool, link, number, request)
+        link.post(number, frames, pending.resolve)
+        return pending
+
+    async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:
+        """Send a request and await its reply; raises as `SocketPending.result` does."""
+        pool = self._pool_now()
+        number, frames = _encode(pool, request, request_id)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Answer] = loop.create_future()
+        patience_s = timeout_s + self._grace_s
+        lost = self._no_reply(request, patience_s)
+        timer = loop.call_later(patience_s, _resolve, answer, lost)
+        link: LoopLink | None = None
+        try:
+            link = pool.for_loop(loop)
+            link.post(number, frames, functools.partial(_resolve, answer))
+            outcome = await answer
+        except BaseException:
+            pool.ids.answered(number)
+            if link is not None:
+                link.drop(number, cancel=True)
+            raise
+        finally:
+            timer.cancel()
+        link.drop(number, cancel=isinstance(request, GIVEN_BACK))
+        return _conclude(pool, request, number, outcome)
+
+    def notify(self, request: Request) -> None:
+        """Send a one-way message. It may get lost with the connection, and is lost if there is none in 2 s."""
+        pool = self._pool_now()
+        frames = encode_message(request)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._notify_from_thread(pool, frames)
+        else:
+            pool.for_loop(loop).notify(frames)
+
+    def _notify_from_thread(self, pool: Pool, frames: list[Any]) -> None:
+        link = pool.for_thread()
+        try:
+            link.notify(frames)
+            deadline = time.monotonic() + NOTIFY_S
+            while link.unsent and not pool.closed and (left_s := deadline - time.monotonic()) > 0:
+                link.wait(left_s)
+        finally:
+            link.drop_unsent()
+            pool.done(link)
+
+    def close(self) -> None:
+        """End all connections. Calls under way, in any thread or loop, end with `ConnectionLost`. May be called twice."""
+        self._pool_now().close()
+
+    def open_link(self, bell_fd: int, on_push: Callable[[Any], None], on_welcome: Callable[[], None]) -> Link:
+        """Return a link apart, for one who listens to what the server pushes; see `Link`. The caller closes it."""
+        name = self._new_name()
+        return Link(self.address, self._token, name, bell_fd=bell_fd, on_push=on_push, on_welcome=on_welcome)
+
+    # ------------------------------------------------------------ inside
+
+    def _new_pool(self) -> Pool:
+        name = self._new_name()
+        return Pool(lambda bell_fd: Link(self.address, self._token, name, bell_fd=bell_fd))
+
+    def _new_name(self) -> str:
+        """Return a client id that no other process, nor this one after a fork, has ever had."""
+        return f"{self.client_id}/{secrets.token_hex(_SUFFIX_BYTES)}"
+
+    def _pool_now(self) -> Pool:
+        """Return the pool of this process. That of the parent is left alone: its locks may be held for ever here."""
+        if self._pool.pid != os.getpid():
+            closed = self._pool.closed
+            self._pool = self._new_pool()
+            if closed:
+                self._pool.close()
+        return self._pool
+
+    def _no_reply(self, request: Request, waited_s: float) -> ConnectionLost:
+        return ConnectionLost(
+            f"{type(request).__name__} got no reply from {self.address} in {waited_s:.1f} s: is the server alive?"
+        )
+
+
+class SocketPending:
+    """A request under way on a link of the thread that began it."""
+
+    def __init__(self, peer: Peer, pool: Pool, link: Link, request_id: int, request: Request) -> None:
+        self.request_id = request_id
+        self.link = link
+        self._peer = peer
+        self._pool = pool
+        self._request = request
+        self._outcome: Answer | None = None
+        self._thread = threading.get_ident()
+
+    def resolve(self, outcome: Answer) -> None:
+        self._outcome = outcome
+
+    def result(self, timeout_s: float) -> Reply:
+        """Wait for the reply. `timeout_s` is what the request itself may wait for; the way gets 5 s more.
+
+        Raises what the server raised. `ConnectionLost` if no reply came in time or the peer was closed: the request
+        may have been done, and `details["request_id"]` is for asking. An interrupt withdraws the request.
+        """
+        assert self._thread == threading.get_ident(), "a result is waited for in the thread that began the request"
+        patience_s = timeout_s + self._peer._grace_s
+        deadline = time.monotonic() + patience_s
+        try:
+            while self._outcome is None:
+                left_s = deadline - time.monotonic()
+                if self._pool.closed:
+                    self.link.fail(ConnectionLost("this connection was closed while the call was under way"))
+                elif left_s <= 0:
+                    self._outcome = self._peer._no_reply(self._request, patience_s)
+                else:
+                    self.link.wait(left_s)
+        except BaseException:
+            self.cancel()
+            raise
+        if self.link.owner == self._thread:
+            self.link.drop(self.request_id, cancel=isinstance(self._request, GIVEN_BACK))
+            self._pool.done(self.link)
+        return _conclude(self._pool, self._request, self.request_id, self._outcome)
+
+    def cancel(self) -> None:
+        """Withdraw the request, if it was not answered; nobody may ask for its result any more."""
+        self._pool.ids.answered(self.request_id)
+        if self.link.torn:
+            self.link.fail(ConnectionLost("this connection was interrupted within a message"))
+            self._peer.notify(Cancel(request_id=self.request_id))
+        elif self.link.owner == self._thread:
+            self.link.drop(self.request_id, cancel=True)
+        self._pool.done(self.link)
+
+
+def _encode(pool: Pool, request: Request, again: int | None) -> tuple[int, list[Any]]:
+    """Return the request's id and frames."""
+    number, floor = pool.ids.take(again)
+    try:
+        return number, encode_message(request, number, floor)
+    except BaseException:
+        pool.ids.answered(number)
+        raise
+
+
+def _resolve(answer: asyncio.Future[Answer], outcome: Answer) -> None:
+    if not answer.done():
+        answer.set_result(outcome)
+
+
+def _conclude(pool: Pool, request: Request, request_id: int, outcome: Answer) -> Reply:
+    """Return the reply, or raise what came instead of one."""
+    if isinstance(outcome, ConnectionLost) and isinstance(request, REMEMBERED):
+        pool.ids.unresolved(request_id)
+    else:
+        pool.ids.answered(request_id)
+    if isinstance(outcome, ConnectionLost):
+        raise ConnectionLost(f"{type(request).__name__}: {outcome.message}", request_id=request_id)
+    if isinstance(outcome, TransferQueueError):
+        raise type(outcome)(outcome.message, **outcome.details)
+    if isinstance(outcome, ErrorReply):
+        raise from_wire(outcome.name, outcome.message, outcome.details)
+    assert not isinstance(outcome, BaseException), repr(outcome)
+    return outcome

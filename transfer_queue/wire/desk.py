@@ -1,0 +1,158 @@
+"""What a server does with one message and with one answer, free of sockets and threads.
+
+Everything here runs in the thread of the server. `send` delivers frames to a connection and tells whether it is still
+there; the handler answers tickets from any thread, and the server passes those answers on to `settle`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from transfer_queue.errors import ConnectionLost, DecodeError, EncodeError, ProtocolMismatch, to_wire
+from transfer_queue.messages import MESSAGE_TYPES, ONE_WAY, Cancel, ErrorReply, Reply
+from transfer_queue.wire.codec import Header, decode, encode_message, read_header
+from transfer_queue.wire.requests import GIVEN_BACK, Answered, RequestTable
+from transfer_queue.wire.security import Gate, Kind, signal
+from transfer_queue.wire.ticket import Answer, Handler, Ticket, guarded
+
+T = TypeVar("T")
+Send: TypeAlias = Callable[[Hashable, Sequence[Any]], bool]
+Deliver: TypeAlias = Callable[[Ticket, Answer], None]
+
+REQUESTS = frozenset(cls for code, cls in MESSAGE_TYPES.items() if 10 <= code < 60)
+
+
+class Desk:
+    """Requests under way: from the frames of a connection to the handler, and from its answers to frames."""
+
+    def __init__(self, handler: Handler, token: bytes, send: Send, deliver: Deliver) -> None:
+        self.gate = Gate(token)
+        self.malformed = 0
+        self.failures = 0
+        self.waiting: dict[Ticket, float] = {}  # since when, in the order of arrival
+        self._handler = handler
+        self._table = RequestTable()
+        self._send = send
+        self._deliver = deliver
+
+    def receive(self, identity: bytes, frames: Sequence[Any]) -> None:
+        """Take the frames of one message."""
+        client_id = self.gate.client_of(identity)
+        kind = frames[0][0] if len(frames[0]) else None
+        if client_id is None or kind == Kind.HELLO:
+            self._send(identity, [self.gate.receive(identity, frames)])
+        elif kind == Kind.MESSAGE:
+            self._receive_message(identity, client_id, frames)
+        elif kind == Kind.PROBE:
+            self._send(identity, [signal(Kind.ALIVE)])
+        else:
+            self.malformed += 1
+
+    def settle(self, ticket: Ticket, answer: Answer) -> None:
+        """Send an answer to whoever waits for it; what nobody gets goes back to the handler."""
+        self.waiting.pop(ticket, None)
+        if ticket.request_id == 0:
+            return
+        reply = ErrorReply(**_described(answer)) if isinstance(answer, BaseException) else answer
+        self._table.answered(ticket, reply)
+        if ticket.abandoned or not self._reply(ticket.channel, ticket.request_id, reply):
+            self._lose(ticket, reply)
+
+    def ping(self, waiting_s: float) -> None:
+        """Ping clients that wait for longer; those that are gone do not wait any more."""
+        before = time.monotonic() - waiting_s
+        channels: dict[Hashable, list[Ticket]] = {}
+        for ticket, since in self.waiting.items():
+            if since <= before:
+                channels.setdefault(ticket.channel, []).append(ticket)
+        for channel, tickets in channels.items():
+            if not self._send(channel, [signal(Kind.PING)]):
+                for ticket in tickets:
+                    self._lose(ticket, None)
+
+    def due(self) -> float | None:
+        """Let the handler do what is due; return the seconds until something is due again."""
+        return self._guard(self._handler.tick)[0]
+
+    # ------------------------------------------------------------ inside
+
+    def _receive_message(self, identity: bytes, client_id: str, frames: Sequence[Any]) -> None:
+        header: Header | None = None
+        try:
+            header = read_header(frames[0])
+            _, message = decode(frames)
+            if type(message) not in REQUESTS:
+                raise ProtocolMismatch(f"{type(message).__name__} is not a request")
+            if header.request_id == 0 and not isinstance(message, ONE_WAY):
+                raise ProtocolMismatch(f"{type(message).__name__} needs a request id, because it has an answer")
+        except (DecodeError, ProtocolMismatch) as error:
+            self.malformed += 1
+            if header is not None and header.request_id:
+                self._reply(identity, header.request_id, ErrorReply(**_described(error)))
+            return
+        if isinstance(message, Cancel):
+            self._cancel(client_id, message.request_id)
+        elif header.request_id == 0:
+            self._submit(message, Ticket(client_id, 0, identity, message, self._deliver))
+        else:
+            self._request(identity, client_id, header, message)
+
+    def _request(self, identity: bytes, client_id: str, header: Header, message: Any) -> None:
+        """Start a request, or go on with one that came before, maybe over another connection."""
+        try:
+            known = self._table.find(client_id, header.request_id, header.floor)
+        except ConnectionLost as error:
+            self._reply(identity, header.request_id, ErrorReply(**_described(error)))
+            return
+        match known:
+            case Ticket():
+                known.channel = identity
+            case Answered():
+                self._reply(identity, header.request_id, known.reply)
+            case None:
+                ticket = Ticket(client_id, header.request_id, identity, message, self._deliver)
+                self._table.wait(ticket)
+                self.waiting[ticket] = time.monotonic()
+                self._submit(message, ticket)
+
+    def _cancel(self, client_id: str, request_id: int) -> None:
+        match self._table.withdraw(client_id, request_id):
+            case Ticket() as ticket:
+                self._lose(ticket, None)
+            case Answered(ticket, reply):
+                self._guard(self._handler.lost, ticket, reply)
+
+    def _lose(self, ticket: Ticket, reply: Reply | None) -> None:
+        """Nobody gets this reply (None: nobody waits). An answer that comes later is lost as well."""
+        ticket.abandoned = True
+        self.waiting.pop(ticket, None)
+        if reply is None or isinstance(ticket.request, GIVEN_BACK):
+            self._table.withdraw(ticket.client_id, ticket.request_id)
+        self._guard(self._handler.lost, ticket, reply)
+
+    def _submit(self, message: Any, ticket: Ticket) -> None:
+        _, error = self._guard(self._handler.submit, message, ticket)
+        if error is not None and not ticket.answered:
+            ticket.answer(error)
+
+    def _guard(self, function: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:
+        result, error = guarded(function, *args)
+        self.failures += error is not None
+        return result, error
+
+    def _reply(self, channel: Hashable, request_id: int, reply: Reply) -> bool:
+        """Return whether the reply is on its way."""
+        try:
+            return self._send(channel, encode_message(reply, request_id))
+        except EncodeError as error:
+            bare = reply if isinstance(reply, ErrorReply) else ErrorReply(**_described(error))
+            bare = dataclasses.replace(bare, details={})
+            return self._send(channel, encode_message(bare, request_id)) and isinstance(reply, ErrorReply)
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    name, message, details = to_wire(error)
+    return {"name": name, "message": message, "details": details}

@@ -1,0 +1,228 @@
+"""One connection of a client: a DEALER socket, the introduction, and the requests that wait on it.
+
+A link has one owner at a time (a thread or an event loop), and only the owner calls it. Requests are kept until they
+are answered: when the server asks who we are (it is new, it forgot us, the connection was made anew), we introduce
+ourselves again and send them again; the server knows by their ids which it has seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import zmq
+
+from transfer_queue.errors import ConnectionLost, DecodeError, NotAuthorized, ProtocolMismatch, TransferQueueError
+from transfer_queue.messages import Cancel
+from transfer_queue.wire.codec import MAX_FRAME_BYTES, decode, encode_message, read_header
+from transfer_queue.wire.security import Introduction, Kind, signal
+from transfer_queue.wire.ticket import Answer
+
+Resolve: TypeAlias = Callable[[Answer], None]
+
+HIGH_WATER_MARK = 16384
+MOST_IN_FLIGHT = 4096
+PROBE_AFTER_S = 1.5  # a server that works pings a waiting client each second
+RECEIVE_BATCH = 256
+
+_LINGER_MS = 250
+_COPIED_FRAMES = 2
+
+
+class _Sent(NamedTuple):
+    frames: list[Any]
+    resolve: Resolve
+
+
+class Link:
+    """`on_push` takes one-way messages of the server, `on_welcome` is called whenever the server knows us (again).
+
+    `bell_fd` ends a wait when it becomes readable. `owner` is for whoever lends the link. Raises `ConnectionLost` if
+    the process has no socket left.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: bytes,
+        client_id: str,
+        *,
+        bell_fd: int,
+        on_push: Callable[[Any], None] = lambda message: None,
+        on_welcome: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.failure: TransferQueueError | None = None
+        self.owner: int | None = None
+        self.torn = False  # interrupted within a message
+        self._introduction = Introduction(token, client_id)
+        self._on_push = on_push
+        self._on_welcome = on_welcome
+        self._waiting: dict[int, _Sent] = {}
+        self._unsent: list[list[Any]] = []
+        self._socket = _connected(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(bell_fd, zmq.POLLIN)
+        self._heard = self._probed = time.monotonic()
+        self._send([self._introduction.hello()])
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Something waits for the server: an answer, or a message that could not be sent yet."""
+        return bool(self._waiting or self._unsent)
+
+    @property
+    def unsent(self) -> bool:
+        """One-way messages wait for the introduction."""
+        return bool(self._unsent)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor an event loop watches; after each call here, `has_input` has to be asked too."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def has_input(self) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    def post(self, request_id: int, frames: list[Any], resolve: Resolve) -> None:
+        """Send a request; `resolve` gets its reply, or the error that ended the link."""
+        if self.failure is not None:
+            resolve(self.failure)
+            return
+        self._waiting[request_id] = _Sent(frames, resolve)
+        if self._introduction.welcomed:
+            self._send(frames)
+
+    def notify(self, frames: list[Any]) -> None:
+        """Send a one-way message, at once or after the introduction."""
+        if self._introduction.welcomed:
+            self._send(frames)
+        elif self.failure is None:
+            self._unsent.append(frames)
+
+    def drop(self, request_id: int, *, cancel: bool) -> None:
+        """Do not wait for this request any more; `cancel`: tell the server."""
+        if self._waiting.pop(request_id, None) is not None and cancel and self._introduction.welcomed:
+            self._send(encode_message(Cancel(request_id=request_id)))
+
+    def drop_unsent(self) -> None:
+        self._unsent.clear()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for input, for the bell, or for as long as the server may be quiet; then receive."""
+        self._poller.poll(max(0, int(1000 * min(timeout_s, PROBE_AFTER_S)) + 1))
+        self.receive()
+        self.probe()
+
+    def receive(self, batch: int = RECEIVE_BATCH) -> None:
+        """Take what has arrived, at most `batch` messages."""
+        for _ in range(batch):
+            frames = self._read()
+            if not frames:
+                return
+            self._heard = time.monotonic()
+            try:
+                self._take(frames)
+            except (NotAuthorized, ProtocolMismatch, DecodeError) as error:
+                self.fail(error)
+                return
+
+    def probe(self) -> None:
+        """If the server is quiet, find out whether it still knows us. An introduction without answer starts over."""
+        now = time.monotonic()
+        if self.failure is None and now - max(self._heard, self._probed) >= PROBE_AFTER_S:
+            self._probed = now
+            self._send([signal(Kind.PROBE) if self._introduction.welcomed else self._introduction.hello()])
+
+    def fail(self, error: TransferQueueError) -> None:
+        """End all requests with this error; the link is of no use any more."""
+        self.failure = error
+        self._unsent.clear()
+        while self._waiting:
+            self._waiting.pop(next(iter(self._waiting))).resolve(error)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    # ------------------------------------------------------------ inside
+
+    def _read(self) -> list[Any]:
+        """Return the frames of the next message, none if nothing has arrived."""
+        frames: list[Any] = []
+        self.torn = True
+        try:
+            frames.append(self._socket.recv(zmq.NOBLOCK))
+            while self._socket.getsockopt(zmq.RCVMORE):
+                frame = self._socket.recv(copy=len(frames) < _COPIED_FRAMES)
+                frames.append(frame.buffer if isinstance(frame, zmq.Frame) else frame)
+        except zmq.Again:
+            pass
+        self.torn = False
+        return frames
+
+    def _take(self, frames: Sequence[Any]) -> None:
+        kind = frames[0][0] if len(frames[0]) else None
+        if kind == Kind.MESSAGE:
+            self._take_message(frames)
+        elif kind not in (Kind.PING, Kind.ALIVE, None):
+            answer = self._introduction.receive(frames[0])
+            if answer is not None:
+                self._send([answer])
+            elif kind == Kind.WELCOME and self._introduction.welcomed:
+                self._go_on()
+
+    def _take_message(self, frames: Sequence[Any]) -> None:
+        request_id = read_header(frames[0]).request_id
+        try:
+            message: Any = decode(frames)[1]
+        except DecodeError as error:
+            message = error
+        if request_id == 0:
+            if not isinstance(message, DecodeError):
+                self._on_push(message)
+            return
+        sent = self._waiting.pop(request_id, None)
+        if sent is not None:
+            sent.resolve(message)
+
+    def _go_on(self) -> None:
+        """Send what waits for the welcome, first the requests in their order."""
+        unsent, self._unsent = self._unsent, []
+        for frames in [*(sent.frames for sent in self._waiting.values()), *unsent]:
+            self._send(frames)
+        self._on_welcome()
+
+    def _send(self, frames: Sequence[Any]) -> None:
+        self.torn = True
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) <= _COPIED_FRAMES)
+        except zmq.Again:
+            self.fail(ConnectionLost(f"{HIGH_WATER_MARK} messages wait for the server; it does not read them"))
+        self.torn = False
+
+
+def _connected(address: str) -> zmq.Socket[bytes]:
+    options = {
+        zmq.LINGER: _LINGER_MS,
+        zmq.SNDHWM: HIGH_WATER_MARK,
+        zmq.RCVHWM: HIGH_WATER_MARK,
+        zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
+        zmq.RECONNECT_IVL: 50,
+        zmq.RECONNECT_IVL_MAX: 1000,
+        zmq.HEARTBEAT_IVL: 5000,
+        zmq.HEARTBEAT_TIMEOUT: 30000,
+        zmq.IPV6: int("[" in address),
+    }
+    try:
+        made: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        for option, value in options.items():
+            made.setsockopt(option, value)
+        made.connect(address)
+    except zmq.ZMQError as error:
+        raise ConnectionLost(f"cannot connect to {address}: {error}") from error
+    return made

@@ -1,0 +1,207 @@
+"""A server of this process: requests run in the caller's thread, and nothing is encoded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, cast
+
+from transfer_queue.errors import ConnectionLost, from_wire, to_wire
+from transfer_queue.messages import ErrorReply, Reply, Request
+from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, RequestIds
+from transfer_queue.wire.ticket import Answer, Handler, Ticket, guarded
+
+GRACE_S = 5.0
+
+_MOST_OPEN = 256
+
+
+class LocalPeer:
+    """A handler as if it were a server. Usable from any thread and event loop.
+
+    `on_push` is what the handler sees as the channel of this client: `Server.push` calls it with a message.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        client_id: str,
+        *,
+        on_push: Callable[[Any], None] = lambda message: None,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self.client_id = client_id
+        self._handler = handler
+        self._channel: Hashable = on_push
+        self.grace_s = grace_s
+        self._ids = RequestIds()
+        self._lock = threading.Lock()
+        self._under_way: set[LocalPending] = set()
+        self._unresolved: OrderedDict[int, LocalPending] = OrderedDict()
+        self._closed = False
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"<LocalPeer for client {self.client_id!r}{': closed' if self._closed else ''}>"
+
+    def begin(self, request: Request, *, request_id: int | None = None) -> LocalPending:
+        """Run a request. `request_id`: of a `ConnectionLost`; returns that request, which goes on."""
+        self._check_process()
+        with self._lock:
+            if self._closed:
+                raise ConnectionLost("this connection was closed: open a new client")
+            again = None if request_id is None else self._unresolved.pop(request_id, None)
+            number, _ = self._ids.take(request_id)
+            pending = again or LocalPending(self, self._channel, number, request)
+            self._under_way.add(pending)
+        if again is None:
+            self._submit(request, pending.ticket)
+        return pending
+
+    async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:
+        """Run a request and await its reply; raises as `LocalPending.result` does."""
+        pending = self.begin(request, request_id=request_id)
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+        pending.when_done(functools.partial(_call_soon, loop, done.set))
+        try:
+            if not pending.done:
+                await asyncio.wait_for(done.wait(), timeout_s + self.grace_s)
+        except asyncio.TimeoutError:
+            pass
+        except BaseException:
+            pending.cancel()
+            raise
+        return pending.conclude(timeout_s + self.grace_s)
+
+    def notify(self, request: Request) -> None:
+        """Run a one-way message, unless this peer is closed."""
+        if not self._closed and os.getpid() == self._pid:
+            self._submit(request, Ticket(self.client_id, 0, self._channel, request, lambda ticket, answer: None))
+
+    def close(self) -> None:
+        """End calls under way with `ConnectionLost`. May be called twice. The handler is not touched otherwise."""
+        with self._lock:
+            self._closed = True
+            pending, self._under_way = self._under_way, set()
+        for each in pending:
+            each.give_up()
+
+    # ------------------------------------------------------------ inside
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ConnectionLost("the session lives in the parent of this forked process: attach by its address")
+
+    def _submit(self, request: Request, ticket: Ticket) -> None:
+        _, error = guarded(self._handler.submit, request, ticket)
+        if error is not None and not ticket.answered:
+            ticket.answer(error)
+
+    def finished(self, pending: LocalPending) -> None:
+        """Forget a request that nobody waits for, unless somebody may ask how it ended."""
+        with self._lock:
+            self._under_way.discard(pending)
+            if pending.open:
+                self._ids.unresolved(pending.request_id)
+                self._unresolved[pending.request_id] = pending
+                if len(self._unresolved) > _MOST_OPEN:
+                    self._unresolved.popitem(last=False)
+            else:
+                self._ids.answered(pending.request_id)
+
+    def take_back(self, ticket: Ticket, reply: Reply | None) -> None:
+        """Tell the handler that nobody gets this reply."""
+        self._handler.lost(ticket, reply)
+
+
+class LocalPending:
+    """A request that a handler of this process works on. `ticket` is what the handler has of it."""
+
+    def __init__(self, peer: LocalPeer, channel: Hashable, request_id: int, request: Request) -> None:
+        self.request_id = request_id
+        self.ticket = Ticket(peer.client_id, request_id, channel, request, self._deliver)
+        self._peer = peer
+        self._answer: Answer | None = None
+        self._given_up = False
+        self._callback: Callable[[], None] | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    @property
+    def done(self) -> bool:
+        return self._answer is not None or self._given_up
+
+    @property
+    def open(self) -> bool:
+        """No answer came, and asking again may bring it."""
+        return self._answer is None and not self.ticket.abandoned and isinstance(self.ticket.request, REMEMBERED)
+
+    def result(self, timeout_s: float) -> Reply:
+        """Wait for the reply, 5 s longer than the request itself may wait. Raises as `SocketPending.result` does."""
+        patience_s = timeout_s + self._peer.grace_s
+        try:
+            if not self.done:
+                self._gate.acquire(timeout=patience_s)
+        except BaseException:
+            self.cancel()
+            raise
+        return self.conclude(patience_s)
+
+    def conclude(self, waited_s: float) -> Reply:
+        """Return the reply, or raise what came instead of one."""
+        if self._answer is None and isinstance(self.ticket.request, GIVEN_BACK):
+            self.cancel()
+            raise self._no_reply(waited_s)
+        self._peer.finished(self)
+        answer = self._answer
+        if answer is None:
+            raise self._no_reply(waited_s)
+        if isinstance(answer, BaseException):
+            raise from_wire(*to_wire(answer))
+        if isinstance(answer, ErrorReply):
+            raise from_wire(answer.name, answer.message, answer.details)
+        return answer
+
+    def cancel(self) -> None:
+        """Withdraw the request; if it was answered meanwhile, the answer is taken back."""
+        self.ticket.abandoned = True
+        if self._answer is None:
+            self._peer.take_back(self.ticket, None)
+        if self._answer is not None:
+            refused = isinstance(self._answer, BaseException)
+            self._peer.take_back(self.ticket, None if refused else cast("Reply", self._answer))
+        self._peer.finished(self)
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call back, once, from any thread; not if it is done already."""
+        self._callback = callback
+
+    def give_up(self) -> None:
+        """Nobody answers any more: the peer was closed."""
+        self._given_up = True
+        self._wake()
+
+    def _deliver(self, ticket: Ticket, answer: Answer) -> None:
+        self._answer = answer
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._gate.locked():
+            self._gate.release()
+        if self._callback is not None:
+            self._callback()
+
+    def _no_reply(self, waited_s: float) -> ConnectionLost:
+        reason = "the connection was closed" if self._given_up else f"no reply in {waited_s:.1f} s"
+        return ConnectionLost(f"{type(self.ticket.request).__name__}: {reason}", request_id=self.request_id)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits in it
+        loop.call_soon_threadsafe(function)
