@@ -81,7 +81,7 @@ def _descriptors() -> list[tuple[str, str]]:
 
 
 def _counts(thread: threading.Thread) -> bool:
-    return thread.is_alive() and (not thread.daemon or thread.name.startswith("tq-"))
+    return thread.is_alive() and (not thread.daemon or thread.name.startswith(("tq-", "transfer_queue")))
 
 
 def _may_be_ours(path: Path) -> bool:

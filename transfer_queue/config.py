@@ -51,8 +51,8 @@ def merged(conf: DictConfig | Mapping[str, Any] | None) -> DictConfig:
     """
     from omegaconf import OmegaConf
 
-    defaults = OmegaConf.to_container(OmegaConf.create(resources.files("transfer_queue").joinpath("config.yaml").read_text()))
-    assert isinstance(defaults, dict)
+    text = resources.files("transfer_queue").joinpath("config.yaml").read_text()
+    defaults: Any = OmegaConf.to_container(OmegaConf.create(text))
     given = _plain(conf)
     _warn_unknown(defaults, given, "")
     return OmegaConf.create(_laid_over(defaults, given), flags={"allow_objects": True})
@@ -94,7 +94,7 @@ def _plain(conf: DictConfig | Mapping[str, Any] | None) -> dict[str, Any]:
         return {str(key): value for key, value in plain.items()}
     if not isinstance(conf, Mapping):
         raise WrongType(f"conf must be a dict or DictConfig, not {type(conf).__name__}")
-    return {key: _plain(value) if isinstance(value, Mapping | DictConfig) else value for key, value in conf.items()}
+    return {str(key): _plain(value) if isinstance(value, Mapping | DictConfig) else value for key, value in conf.items()}
 
 
 def _laid_over(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

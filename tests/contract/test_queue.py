@@ -221,7 +221,7 @@ def test_bad_input_is_named_at_once(queue: Any, partition: str) -> None:
         (UnknownName, "unknown sampler", lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"sampler": "no"})),
         (InvalidArgument, "must be divisible by", lambda: queue.get_meta(["x"], 3, partition, task_name="t", sampler_params={"sampler": "GRPOSampler", "num_n_samples": 2})),
         (InvalidArgument, "dp_rank must lie in", lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_rank": 2, "dp_size": 2})),
-        (InvalidArgument, "dp_size without dp_rank", lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_size": 2})),
+        (InvalidArgument, "dp_rank", lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_size": 2})),
         (UnknownName, "no field 'z'.*known: x", lambda: queue.get_data(meta, fields=["z"])),
         (InvalidArgument, "int64, this put brings float32", lambda: queue.put({"x": torch.zeros(4)}, metadata=meta)),
         (InvalidArgument, "length|rows", lambda: queue.put({"x": torch.zeros(4), "y": torch.zeros(3)}, partition_id=partition)),

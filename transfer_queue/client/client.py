@@ -77,7 +77,7 @@ class TransferQueueClient:
         self._core = ClientCore(
             client_id=client_id,
             controller=controller,
-            transfer=Transfer(controller, lambda info: connector.unit(client_id, info), transport),
+            transfer=Transfer(controller, lambda info, local: connector.unit(client_id, info), transport=transport),
             layout=layout,
             allow_pickle=allow_pickle,
         )

@@ -90,7 +90,9 @@ def explain(
     return str(report.entries["text"])
 
 
-def register_sampler(core: ClientCore, task_name: str | None, sampler: str, **arguments: Any) -> Operation[None]:
+def register_sampler(
+    core: ClientCore, /, task_name: str | None, sampler: str, **arguments: Any
+) -> Operation[None]:
     """Give a task (None: every task without its own) a sampler by its registered name."""
     if not isinstance(sampler, str):
         raise WrongType(
@@ -127,7 +129,7 @@ def _status(
     core: ClientCore, partition_id: str | int, task_name: str | None, fields: tuple[str, ...] | None
 ) -> Operation[Status]:
     partition, step = address(partition_id, None)
-    request: ControllerRequest = GetStatus(partition_id=partition, global_step=step, task_name=task_name, fields=fields)
+    request = GetStatus(partition_id=partition, global_step=step, task_name=task_name, fields=fields)
     status: Status = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
     return status
 

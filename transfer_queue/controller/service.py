@@ -47,7 +47,6 @@ from transfer_queue.samplers import create_sampler
 from transfer_queue.wire.ticket import Ticket
 
 T = TypeVar("T")
-Key: TypeAlias = tuple[str, int]
 Push: TypeAlias = Callable[[Hashable, FreeBlocks], None]
 
 
@@ -59,7 +58,7 @@ class ControllerService:
         self._clock = clock
         self._lock = threading.Lock()
         self._units = UnitBook()
-        self._parked: dict[Key, Ticket] = {}
+        self._parked: dict[Hashable, Ticket] = {}
         self._waiting_for_units: list[tuple[float, Ticket]] = []
         self._push: Push = lambda channel, order: None
 
@@ -123,14 +122,12 @@ class ControllerService:
     def _follow_up(self, now: float) -> None:
         """Answer whom the last change satisfied, and tell units what they may reuse."""
         for key, answer in self._ledger.wake(now):
-            ticket = self._parked.pop(key, None)
-            if ticket is not None:
-                ticket.answer(answer)
+            self._parked.pop(key).answer(answer)
         for number, freed in self._ledger.blocks.take_freed().items():
             unit, order = self._units.free(number, freed)
             self._push(unit.channel, order)
 
-    def _cancel(self, key: Key) -> None:
+    def _cancel(self, key: Hashable) -> None:
         self._parked.pop(key, None)
         self._ledger.cancel(key)
 

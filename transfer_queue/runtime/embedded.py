@@ -6,14 +6,13 @@ import json
 import os
 from pathlib import Path
 
-from transfer_queue.client.client import SocketConnector, TransferQueueClient
+from transfer_queue.client.client import SocketConnector
 from transfer_queue.config import Settings
 from transfer_queue.errors import ConnectionLost
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import UnitInfo
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime.servers import ControllerServer, UnitServer
-from transfer_queue.wire.local import LocalPeer
 from transfer_queue.wire.peer import AnyPeer
 
 ENDPOINT_FILE = "endpoint.json"
@@ -58,13 +57,13 @@ class EmbeddedRuntime:
         """This process calls the controller directly; a forked child has to connect to it."""
         if self._foreign():
             return SocketConnector(self.info, self._transport).controller(client_id)
-        return LocalPeer(self._controller.service, client_id)
+        return self._controller.connect(client_id)
 
     def unit(self, client_id: str, info: UnitInfo) -> AnyPeer:
         """This process calls its own units directly, others over a socket."""
         for unit in () if self._foreign() else self._units:
             if unit.info.unit_id == info.unit_id:
-                return LocalPeer(unit.service, client_id)
+                return unit.connect(client_id)
         return SocketConnector(self.info, self._transport).unit(client_id, info)
 
     def _foreign(self) -> bool:

@@ -59,7 +59,7 @@ class ControllerActor:
             sampler=sampler,
         )
         session_id = ray.get_runtime_context().get_actor_id()
-        self._server = ControllerServer(ledger, host=ray.util.get_node_ip_address(), session_id=session_id)
+        self._server = ControllerServer(ledger, host=_node_ip(), session_id=session_id)
         self._conf = conf
         if conf is not None:
             conf.controller.zmq_info = self._server.info
@@ -153,8 +153,8 @@ class StorageUnitActor:
     ) -> None:
         self._server = UnitServer(
             controller_info,
-            unit_id=unit_id or ray.get_runtime_context().get_actor_id(),
-            host=ray.util.get_node_ip_address(),
+            unit_id=unit_id or str(ray.get_runtime_context().get_actor_id()),
+            host=_node_ip(),
             capacity_bytes=capacity_bytes,
             arena_bytes=arena_bytes,
             transport=transport,
@@ -168,8 +168,8 @@ class StorageUnitActor:
         self._server.close()
 
 
-TransferQueueController = ray.remote(num_cpus=0)(ControllerActor)
-SimpleStorageUnit = ray.remote(num_cpus=0)(StorageUnitActor)
+TransferQueueController: Any = ray.remote(num_cpus=0)(ControllerActor)
+SimpleStorageUnit: Any = ray.remote(num_cpus=0)(StorageUnitActor)
 
 
 class RayRuntime:
@@ -250,3 +250,7 @@ def _get(reference: Any, what: str) -> Any:
         ) from error
     except RayActorError as error:
         raise ConnectionLost(f"{what} died while it started: {error}") from error
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray does not annotate it

@@ -17,6 +17,7 @@ from transfer_queue.storage.folder import ServerFolder
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.listener import Listener
+from transfer_queue.wire.local import LocalPeer
 from transfer_queue.wire.security import new_token
 from transfer_queue.wire.server import Server
 from transfer_queue.wire.ticket import Ticket
@@ -59,6 +60,10 @@ class ControllerServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def connect(self, client_id: str) -> LocalPeer:
+        """A connection for this process: requests run in the caller's thread."""
+        return LocalPeer(self.service, client_id, on_wait=self._server.wake)
+
     def close(self) -> None:
         """Stop listening. The state is gone. May be called twice."""
         self._server.close()
@@ -96,7 +101,7 @@ class UnitServer:
         self.service = self._opened(
             UnitService(folder.path, capacity_bytes=capacity_bytes, arena_bytes=arena_bytes, settle=self._settle)
         )
-        server = self._opened(
+        self._server: Server = self._opened(
             Server(
                 self.service, controller.token, local_path=folder.socket_path("request"), tcp_host=host, name="unit"
             )
@@ -107,23 +112,28 @@ class UnitServer:
         )
         announcement = Announce(
             unit_id=self._unit_id,
-            address=server.address,
-            local_address=server.local_address,
+            address=self._server.address,
+            local_address=self._server.local_address,
             folder=str(folder.path),
             nonce=folder.nonce,
             capacity_bytes=self.service.capacity_bytes,
         )
-        server.start()
+        self._server.start()
         listener: Listener = self._opened(Listener(self._controller, announcement, self._receive))
         announced = listener.announced(_ANNOUNCE_TIMEOUT_S)
+        assert isinstance(announced, Announced)
         self.info = UnitInfo(
             number=announced.number,
             unit_id=self._unit_id,
-            address=server.address,
-            local_address=server.local_address,
+            address=self._server.address,
+            local_address=self._server.local_address,
             folder=str(folder.path),
             nonce=folder.nonce,
         )
+
+    def connect(self, client_id: str) -> LocalPeer:
+        """A connection for this process: requests run in the caller's thread."""
+        return LocalPeer(self.service, client_id, on_wait=self._server.wake)
 
     def _opened(self, resource: Any) -> Any:
         self._closing.append(resource)

@@ -24,7 +24,8 @@ _MOST_OPEN = 256
 class LocalPeer:
     """A handler as if it were a server. Usable from any thread and event loop.
 
-    `on_push` is what the handler sees as the channel of this client: `Server.push` calls it with a message.
+    `on_push` is what the handler sees as the channel of this client: `Server.push` calls it with a message. `on_wait`
+    is called when a request has to wait: who ticks the handler may have to do so earlier than it thought.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class LocalPeer:
         client_id: str,
         *,
         on_push: Callable[[Any], None] = lambda message: None,
+        on_wait: Callable[[], None] = lambda: None,
         grace_s: float = GRACE_S,
     ) -> None:
         self.client_id = client_id
         self._handler = handler
         self._channel: Hashable = on_push
+        self._on_wait = on_wait
         self.grace_s = grace_s
         self._ids = RequestIds()
         self._lock = threading.Lock()
@@ -61,6 +64,8 @@ class LocalPeer:
             self._under_way.add(pending)
         if again is None:
             self._submit(request, pending.ticket)
+        if not pending.done:
+            self._on_wait()
         return pending
 
     async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:
