@@ -94,7 +94,9 @@ def _plain(conf: DictConfig | Mapping[str, Any] | None) -> dict[str, Any]:
         return {str(key): value for key, value in plain.items()}
     if not isinstance(conf, Mapping):
         raise WrongType(f"conf must be a dict or DictConfig, not {type(conf).__name__}")
-    return {str(key): _plain(value) if isinstance(value, Mapping | DictConfig) else value for key, value in conf.items()}
+    return {
+        str(key): _plain(value) if isinstance(value, Mapping | DictConfig) else value for key, value in conf.items()
+    }
 
 
 def _laid_over(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

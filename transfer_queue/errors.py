@@ -124,7 +124,9 @@ class RemoteError(TransferQueueError):
 
 
 _BY_NAME: dict[str, type[TransferQueueError]] = {
-    cls.__name__: cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, TransferQueueError)
+    cls.__name__: cls
+    for cls in list(globals().values())
+    if isinstance(cls, type) and issubclass(cls, TransferQueueError)
 }
 
 

@@ -73,7 +73,7 @@ def init(conf: DictConfig | Mapping[str, Any] | None = None, *, controller: Any 
 
 def close() -> None:
     """Stop what this process started and detach from the rest. Without a session, or called twice: nothing to do."""
-    global _session  # noqa: PLW0603  the default session is this module's one piece of state
+    global _session
     with _lock:
         current, _session = _current(), None
     atexit.unregister(close)
@@ -108,7 +108,7 @@ def _begin(conf: DictConfig, controller: Any) -> Session:
 
 
 def _runtime(settings: config.Settings) -> str:
-    """"auto" is Ray where it is imported and initialized already; this never imports it."""
+    """ "auto" is Ray where it is imported and initialized already; this never imports it."""
     if settings.runtime != "auto":
         return settings.runtime
     ray = sys.modules.get("ray")
@@ -124,12 +124,9 @@ def _begin_embedded(conf: DictConfig, settings: config.Settings) -> Session:
 
 
 def _begin_ray(conf: DictConfig, settings: config.Settings, controller: Any) -> Session:
-    import ray
-
     from transfer_queue.runtime import ray as ray_runtime
 
-    if not ray.is_initialized():
-        ray.init()
+    ray_runtime.ensure_cluster()
     found = None if controller is not None else ray_runtime.running(settings.namespace)
     if found is None:
         try:
@@ -138,7 +135,9 @@ def _begin_ray(conf: DictConfig, settings: config.Settings, controller: Any) -> 
         except ray_runtime.NameTaken:
             found = ray_runtime.running(settings.namespace)
     if found is None:
-        raise DeadlineExceeded(f"the session in namespace {settings.namespace!r} came and went while this process attached")
+        raise DeadlineExceeded(
+            f"the session in namespace {settings.namespace!r} came and went while this process attached"
+        )
     theirs, info = found
     conf = conf if theirs is None else theirs
     settings = config.settings(conf)

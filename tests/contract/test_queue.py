@@ -72,7 +72,9 @@ def test_tasks_consume_independently(queue: Any, partition: str) -> None:
 def test_a_waiting_draw_is_woken(queue: Any, partition: str, client: Any) -> None:
     """A draw that finds nothing waits on the server and returns once the missing rows are there."""
     found: list[Any] = []
-    waiting = threading.Thread(target=lambda: found.append(queue.get_meta(["x"], 2, partition, task_name="t", timeout=20)))
+    waiting = threading.Thread(
+        target=lambda: found.append(queue.get_meta(["x"], 2, partition, task_name="t", timeout=20))
+    )
     waiting.start()
     client.put({"x": torch.zeros(1)}, partition_id=partition)
     assert not found
@@ -84,7 +86,11 @@ def test_a_waiting_draw_is_woken(queue: Any, partition: str, client: Any) -> Non
 def test_a_waiting_draw_delays_nobody(queue: Any, partition: str, connect: Any) -> None:
     """While draws wait, requests of other clients, and of the same one, are answered at once."""
     waiting = [
-        threading.Thread(target=lambda: pytest.raises(GetMetaTimeout, queue.get_meta, ["never"], 1, partition, task_name="t", timeout=1))
+        threading.Thread(
+            target=lambda: pytest.raises(
+                GetMetaTimeout, queue.get_meta, ["never"], 1, partition, task_name="t", timeout=1
+            )
+        )
         for _ in range(3)
     ]
     for thread in waiting:
@@ -212,19 +218,49 @@ def test_bad_input_is_named_at_once(queue: Any, partition: str) -> None:
     meta = queue.put({"x": torch.arange(4)}, partition_id=partition)
     started = time.perf_counter()
     for error, match, call in [
-        (InvalidArgument, "batch_size must be at least 1, not 0", lambda: queue.get_meta(["x"], 0, partition, task_name="t")),
+        (
+            InvalidArgument,
+            "batch_size must be at least 1, not 0",
+            lambda: queue.get_meta(["x"], 0, partition, task_name="t"),
+        ),
         (WrongType, "batch_size must be an int", lambda: queue.get_meta(["x"], "4", partition, task_name="t")),
         (WrongType, "data_fields must be a list", lambda: queue.get_meta("x", 1, partition, task_name="t")),
-        (InvalidArgument, "exactly one of partition_id and global_step", lambda: queue.get_meta(["x"], 1, task_name="t")),
+        (
+            InvalidArgument,
+            "exactly one of partition_id and global_step",
+            lambda: queue.get_meta(["x"], 1, task_name="t"),
+        ),
         (InvalidArgument, "task_name", lambda: queue.get_meta(["x"], 1, partition)),
         (UnknownName, "did you mean 'GRPOSampler'", lambda: queue.register_sampler("t", "GRPOSample")),
-        (UnknownName, "unknown sampler", lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"sampler": "no"})),
-        (InvalidArgument, "must be divisible by", lambda: queue.get_meta(["x"], 3, partition, task_name="t", sampler_params={"sampler": "GRPOSampler", "num_n_samples": 2})),
-        (InvalidArgument, "dp_rank must lie in", lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_rank": 2, "dp_size": 2})),
-        (InvalidArgument, "dp_rank", lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_size": 2})),
+        (
+            UnknownName,
+            "unknown sampler",
+            lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"sampler": "no"}),
+        ),
+        (
+            InvalidArgument,
+            "must be divisible by",
+            lambda: queue.get_meta(
+                ["x"], 3, partition, task_name="t", sampler_params={"sampler": "GRPOSampler", "num_n_samples": 2}
+            ),
+        ),
+        (
+            InvalidArgument,
+            "dp_rank must lie in",
+            lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_rank": 2, "dp_size": 2}),
+        ),
+        (
+            InvalidArgument,
+            "dp_rank",
+            lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_size": 2}),
+        ),
         (UnknownName, "no field 'z'.*known: x", lambda: queue.get_data(meta, fields=["z"])),
         (InvalidArgument, "int64, this put brings float32", lambda: queue.put({"x": torch.zeros(4)}, metadata=meta)),
-        (InvalidArgument, "length|rows", lambda: queue.put({"x": torch.zeros(4), "y": torch.zeros(3)}, partition_id=partition)),
+        (
+            InvalidArgument,
+            "length|rows",
+            lambda: queue.put({"x": torch.zeros(4), "y": torch.zeros(3)}, partition_id=partition),
+        ),
         (InvalidArgument, "nothing to put", lambda: queue.put(partition_id=partition)),
         (InvalidArgument, "twice", lambda: queue.put({"x": torch.arange(2)}, partition_id=partition, keys=["a", "a"])),
         (InvalidArgument, "timeout", lambda: queue.get_meta(["x"], 1, partition, task_name="t", timeout=-1)),
@@ -258,7 +294,9 @@ def test_many_shapes_of_puts_join(queue: Any, partition: str) -> None:
 def test_large_and_small_puts_free_their_space(queue: Any, partition: str) -> None:
     """Put, read and clear of many megabytes goes on for ever in bounded memory."""
     for round_ in range(8):
-        meta = queue.put({"big": torch.full((64, 1 << 18), float(round_)), "n": torch.arange(64)}, partition_id=partition)
+        meta = queue.put(
+            {"big": torch.full((64, 1 << 18), float(round_)), "n": torch.arange(64)}, partition_id=partition
+        )
         assert float(queue.get_data(meta, ["big"])["big"].sum()) == round_ * (64 << 18)
         queue.clear_samples(meta)
 

@@ -23,8 +23,8 @@ from transfer_queue.messages import (
 )
 from transfer_queue.storage.block import Directories, EncodedColumn, image_parts, plan_block
 from transfer_queue.storage.gather import RowSet, pick
-from transfer_queue.storage.holders import process_id
 from transfer_queue.storage.unit import UnitService
+from transfer_queue.wire.holders import process_id
 
 MIB = 1 << 20
 NONE = np.empty(0, np.int64)

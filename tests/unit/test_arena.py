@@ -15,8 +15,8 @@ import pytest
 from transfer_queue.errors import CapacityExceeded, InvalidArgument
 from transfer_queue.messages import ProcessId
 from transfer_queue.storage.arena import Arena, Arenas
-from transfer_queue.storage.folder import ServerFolder, remove_abandoned, same_host
-from transfer_queue.storage.holders import is_alive, process_id
+from transfer_queue.wire.folder import ServerFolder, remove_abandoned, same_host
+from transfer_queue.wire.holders import is_alive, process_id
 
 MIB = 1 << 20
 

@@ -26,8 +26,8 @@ from transfer_queue.messages import (
     Unpin,
 )
 from transfer_queue.storage.block import write_block
-from transfer_queue.storage.folder import ServerFolder
-from transfer_queue.storage.holders import process_id
+from transfer_queue.wire.folder import ServerFolder
+from transfer_queue.wire.holders import process_id
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from transfer_queue.messages import (
     ReturnSpan,
     Write,
 )
-from transfer_queue.storage.folder import ServerFolder
-from transfer_queue.storage.holders import process_id
+from transfer_queue.wire.folder import ServerFolder
+from transfer_queue.wire.holders import process_id
 
 
 @pytest.fixture

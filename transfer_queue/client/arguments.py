@@ -1,4 +1,4 @@
-"""Checks of what callers pass, at the edge: wrong types and values end here, with the value and what to give instead."""
+"""Checks of what callers pass, at the edge: wrong types and values end here, with what to give instead."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def whole_number(name: str, value: Any) -> int:
 
 def agreed_rows(**sized: Any) -> int:
     """The number of rows that all of the given arguments have."""
-    sizes = {name: value if isinstance(value, int) else len(value) for name, value in sized.items() if value is not None}
+    sizes = {
+        name: value if isinstance(value, int) else len(value) for name, value in sized.items() if value is not None
+    }
     if not sizes:
         raise InvalidArgument("nothing to put: give data, keys or tags")
     if len(set(sizes.values())) > 1:

@@ -24,7 +24,7 @@ from transfer_queue.client.arguments import (
 from transfer_queue.client.core import ClientCore
 from transfer_queue.client.steps import Call, Operation
 from transfer_queue.client.writing import new_rows, put_rows
-from transfer_queue.errors import InvalidArgument, StaleSampleError, UnknownName, WrongType
+from transfer_queue.errors import InvalidArgument, StaleSampleError, UnknownName
 from transfer_queue.messages import Draw, Drawn, ListPartitions, Locate, Location, Names
 from transfer_queue.metadata import BatchMeta
 
@@ -152,9 +152,7 @@ def kv_retrieve_meta(
 def kv_retrieve_keys(core: ClientCore, global_indexes: Sequence[int] | int, partition_id: str) -> Operation[list[str]]:
     """The keys of these rows, in order. Raises `UnknownName` for a row without one."""
     rows = np.atleast_1d(np.asarray(global_indexes, dtype=np.int64))
-    request = Locate(
-        partition_id=partition_id, global_step=None, indexes=rows, generations=None, keys=None, fields=()
-    )
+    request = Locate(partition_id=partition_id, global_step=None, indexes=rows, generations=None, keys=None, fields=())
     drawn: Drawn = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
     keys = drawn.keys or (None,) * len(rows)
     without = [int(row) for row, key in zip(rows, keys, strict=True) if key is None]
@@ -167,9 +165,7 @@ def kv_list(core: ClientCore, partition_id: str | None = None) -> Operation[dict
     """`{partition: {key: tag}}`: partitions and keys in order of creation; each partition as of one moment."""
     known = yield from get_partition_list(core)
     chosen = known if partition_id is None else [name for name in known if name == partition_name(partition_id)]
-    requests = [
-        Call(core.controller, _whole_partition(name, None, ()), DEFAULT_TIMEOUT_S) for name in chosen
-    ]
+    requests = [Call(core.controller, _whole_partition(name, None, ()), DEFAULT_TIMEOUT_S) for name in chosen]
     replies: list[Drawn] = (yield requests) if requests else []
     return {name: _tags_by_key(reply) for name, reply in zip(chosen, replies, strict=True)}
 

@@ -90,9 +90,7 @@ def explain(
     return str(report.entries["text"])
 
 
-def register_sampler(
-    core: ClientCore, /, task_name: str | None, sampler: str, **arguments: Any
-) -> Operation[None]:
+def register_sampler(core: ClientCore, /, task_name: str | None, sampler: str, **arguments: Any) -> Operation[None]:
     """Give a task (None: every task without its own) a sampler by its registered name."""
     if not isinstance(sampler, str):
         raise WrongType(

@@ -48,8 +48,8 @@ from transfer_queue.storage.block import (
     plan_block,
 )
 from transfer_queue.storage.gather import GatheredColumn, Pick, RowSet, gathered, pick
-from transfer_queue.storage.holders import process_id
 from transfer_queue.storage.packing import MAX_FRAME_BYTES
+from transfer_queue.wire.holders import process_id
 from transfer_queue.wire.peer import AnyPeer
 
 SHARED_SPAN_BYTES = 1 << 20

@@ -13,8 +13,8 @@ import numpy as np
 from transfer_queue.client.arenas import ArenaMaps
 from transfer_queue.messages import Reserved, ReturnSpan, UnitInfo
 from transfer_queue.storage.block import BlockPlan, Bytes, carve
-from transfer_queue.storage.folder import same_host
 from transfer_queue.storage.spans import BLOCKS_PER_SPAN
+from transfer_queue.wire.folder import same_host
 from transfer_queue.wire.peer import AnyPeer
 
 Connect: TypeAlias = Callable[[UnitInfo, bool], AnyPeer]

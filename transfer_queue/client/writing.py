@@ -102,7 +102,9 @@ def set_custom_meta(core: ClientCore, metadata: BatchMeta) -> Operation[None]:
 
 def seal_group(core: ClientCore, group_id: int | str, partition_id: str | int) -> Operation[None]:
     """The group gets no more rows: it is complete with those it has."""
-    yield Call(core.controller, SealGroup(partition_id=partition_name(partition_id), group_id=group_id), DEFAULT_TIMEOUT_S)
+    yield Call(
+        core.controller, SealGroup(partition_id=partition_name(partition_id), group_id=group_id), DEFAULT_TIMEOUT_S
+    )
 
 
 def abort_group(
@@ -128,9 +130,7 @@ def clear_samples(core: ClientCore, metadata: BatchMeta) -> Operation[int]:
     """Remove the rows of the meta. Raises `StaleSampleError`, removing nothing, if any of them is gone already."""
     if len(metadata) == 0:
         return 0
-    request = Clear(
-        partition_id=None, global_step=None, indexes=metadata.indexes, generations=metadata.generations
-    )
+    request = Clear(partition_id=None, global_step=None, indexes=metadata.indexes, generations=metadata.generations)
     done: Done = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
     return done.count
 

@@ -105,7 +105,9 @@ class ControllerService:
             late = [ticket for deadline, ticket in self._waiting_for_units if deadline <= now]
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[0] > now]
             for ticket in late:
-                ticket.answer(DeadlineExceeded("no storage unit announced itself in time; start one, or `init` a session"))
+                ticket.answer(
+                    DeadlineExceeded("no storage unit announced itself in time; start one, or `init` a session")
+                )
             deadlines = [deadline for deadline, _ in self._waiting_for_units]
             next_s = min([self._ledger.next_deadline() or math.inf, *deadlines])
             return None if next_s == math.inf else max(next_s - now, 0.0)

@@ -40,7 +40,9 @@ class UnitBook:
     def check(self, block: int) -> None:
         """Raise for a block of a unit that never announced itself."""
         if block and block >> UNIT_SHIFT not in self._by_number:
-            raise InvalidArgument(f"block {block} names storage unit {block >> UNIT_SHIFT}, which this session does not have")
+            raise InvalidArgument(
+                f"block {block} names storage unit {block >> UNIT_SHIFT}, which this session does not have"
+            )
 
     def announce(self, request: Announce, channel: Hashable) -> Unit:
         """Note that a unit listens at `channel`; its unconfirmed frees are due again."""

@@ -105,9 +105,7 @@ class ControllerActor:
         """Accounting per partition and task."""
         return self._server.service.inspect(lambda ledger: ledger.reports.audit(partition_id))
 
-    def explain(
-        self, partition_id: str, task_name: str, data_fields: Sequence[str], batch_size: int = 1
-    ) -> str:
+    def explain(self, partition_id: str, task_name: str, data_fields: Sequence[str], batch_size: int = 1) -> str:
         """Why such a draw is not served now."""
         request = GetExplanation(
             partition_id=partition_id,
@@ -205,7 +203,7 @@ class RayRuntime:
 
     def _start_units(self) -> None:
         """Spread the units over the nodes, each bound to its node: its shared memory is of no use elsewhere."""
-        nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+        nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
         units = []
         for number in range(self._settings.num_units or len(nodes)):
             place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=False)
@@ -230,6 +228,12 @@ class RayRuntime:
             ray.kill(actor)
 
 
+def ensure_cluster() -> None:
+    """Start or join a Ray cluster as `ray.init()` does, unless this process has."""
+    if not ray.is_initialized():
+        ray.init()
+
+
 def running(namespace: str) -> tuple[Any, ZMQServerInfo] | None:
     """Configuration and endpoint of the session in this namespace, or None if there is none."""
     try:
@@ -245,8 +249,7 @@ def _get(reference: Any, what: str) -> Any:
         return ray.get(reference, timeout=_START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError as error:
         raise DeadlineExceeded(
-            f"{what} did not start within {_START_TIMEOUT_S:.0f} s; the cluster has {ray.cluster_resources()}, "
-            f"of which {ray.available_resources()} are free"
+            f"{what} did not start within {_START_TIMEOUT_S:.0f} s; `ray status` shows what the cluster has and lacks"
         ) from error
     except RayActorError as error:
         raise ConnectionLost(f"{what} died while it started: {error}") from error

@@ -13,9 +13,9 @@ from transfer_queue.errors import InvalidArgument
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import Announce, Announced, FreeBlocks, FreesDone, Int64s, Settle, Settled, UnitInfo
 from transfer_queue.metadata import Role, ZMQServerInfo
-from transfer_queue.storage.folder import ServerFolder
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.channel import Peer
+from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.listener import Listener
 from transfer_queue.wire.local import LocalPeer
 from transfer_queue.wire.security import new_token
@@ -83,7 +83,7 @@ class UnitServer:
         arena_bytes: int = 64 << 20,
         transport: str = "auto",
     ) -> None:
-        """Returns when the controller knows the unit. Raises `ConnectionLost` or `NotAuthorized` if it does not answer."""
+        """Returns when the controller knows the unit. Raises `ConnectionLost` or `NotAuthorized` if it will not."""
         if not isinstance(controller_info, ZMQServerInfo):
             raise InvalidArgument(f"controller_info must be a ZMQServerInfo, not {type(controller_info).__name__}")
         self._unit_id = unit_id
@@ -102,9 +102,7 @@ class UnitServer:
             UnitService(folder.path, capacity_bytes=capacity_bytes, arena_bytes=arena_bytes, settle=self._settle)
         )
         self._server: Server = self._opened(
-            Server(
-                self.service, controller.token, local_path=folder.socket_path("request"), tcp_host=host, name="unit"
-            )
+            Server(self.service, controller.token, local_path=folder.socket_path("request"), tcp_host=host, name="unit")
         )
         place = (controller.local_address, controller.folder, controller.nonce, controller.to_addr("request"))
         self._controller: Peer = self._opened(

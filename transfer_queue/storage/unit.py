@@ -40,10 +40,10 @@ from transfer_queue.messages import (
 )
 from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arena, Arenas, free_bytes
 from transfer_queue.storage.block import aligned
-from transfer_queue.storage.holders import is_alive
 from transfer_queue.storage.packing import pack
 from transfer_queue.storage.space import UnitSpace
 from transfer_queue.storage.spans import Span
+from transfer_queue.wire.holders import is_alive
 
 _REAP_S = 1.0
 _RETRY_GROWTH_S = 1.0

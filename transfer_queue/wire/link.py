@@ -115,16 +115,17 @@ class Link:
 
     def wait(self, timeout_s: float) -> None:
         """Wait for input, for the bell, or for as long as the server may be quiet; then receive."""
-        self._poller.poll(max(0, int(1000 * min(timeout_s, PROBE_AFTER_S)) + 1))
-        self.receive()
-        self.probe()
+        if self._poller.poll(max(0, int(1000 * min(timeout_s, PROBE_AFTER_S)) + 1)):
+            self.receive()
+        else:
+            self.probe()
 
     def receive(self, batch: int = RECEIVE_BATCH) -> None:
         """Take what has arrived, at most `batch` messages."""
         for _ in range(batch):
-            frames = self._read()
-            if not frames:
+            if not self.has_input():
                 return
+            frames = self._read()
             self._heard = time.monotonic()
             try:
                 self._take(frames)
@@ -152,16 +153,12 @@ class Link:
     # ------------------------------------------------------------ inside
 
     def _read(self) -> list[Any]:
-        """Return the frames of the next message, none if nothing has arrived."""
-        frames: list[Any] = []
+        """Return the frames of the next message, which has arrived."""
         self.torn = True
-        try:
-            frames.append(self._socket.recv(zmq.NOBLOCK))
-            while self._socket.getsockopt(zmq.RCVMORE):
-                frame = self._socket.recv(copy=len(frames) < _COPIED_FRAMES)
-                frames.append(frame.buffer if isinstance(frame, zmq.Frame) else frame)
-        except zmq.Again:
-            pass
+        frames: list[Any] = [self._socket.recv(zmq.NOBLOCK)]
+        while self._socket.getsockopt(zmq.RCVMORE):
+            frame = self._socket.recv(copy=len(frames) < _COPIED_FRAMES)
+            frames.append(frame.buffer if isinstance(frame, zmq.Frame) else frame)
         self.torn = False
         return frames
 

@@ -12,7 +12,6 @@ from transfer_queue.messages import ErrorReply, Reply, Request
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.codec import encode_message
-from transfer_queue.wire.link import Link
 from transfer_queue.wire.requests import RequestIds
 from transfer_queue.wire.ticket import Answer, guarded
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transfer_queue.errors import ConnectionLost, InvalidArgument
+from transfer_queue.wire.folder import same_host
 
 MAX_IPC_PATH_BYTES = 100
-NONCE_FILE = "nonce"
 
 _LOWEST_PORT = 10240
 _HIGHEST_PORT = 65535
@@ -26,7 +26,7 @@ def choose_address(local_address: str, folder: str, nonce: str, address: str, tr
     """
     if transport not in {"auto", "tcp"}:
         raise InvalidArgument(f"transport is 'auto' or 'tcp', not {transport!r}")
-    if transport == "auto" and local_address and nonce and _read_nonce(folder) == nonce:
+    if transport == "auto" and local_address and same_host(folder, nonce):
         return local_address
     if not address:
         raise ConnectionLost(
@@ -67,10 +67,3 @@ def _ephemeral_range() -> tuple[int, int]:
     except (OSError, ValueError):
         return _DEFAULT_RANGE
     return int(low), int(high)
-
-
-def _read_nonce(folder: str) -> str | None:
-    try:
-        return (Path(folder) / NONCE_FILE).read_text().strip()
-    except (OSError, ValueError):
-        return None

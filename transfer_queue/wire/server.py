@@ -193,10 +193,9 @@ class Server:
 
     def _receive(self) -> bool:
         """Read one message, if there is one. Frames of strangers and frames without number are read and dropped."""
-        try:
-            identity = self._socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
+        if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return False
+        identity = self._socket.recv(zmq.NOBLOCK)
         frames: list[Any] = []
         count = 0
         while self._socket.getsockopt(zmq.RCVMORE):

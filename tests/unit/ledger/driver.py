@@ -71,9 +71,7 @@ class Driver:
         if isinstance(what, str):
             request = Clear(partition_id=what, global_step=None, indexes=None, generations=None)
         else:
-            request = Clear(
-                partition_id=None, global_step=None, indexes=what.indexes, generations=what.generations
-            )
+            request = Clear(partition_id=None, global_step=None, indexes=what.indexes, generations=what.generations)
         return int(self.after(self.ledger.clear, request))
 
     def clear_rows(self, *rows: int) -> int:
@@ -88,7 +86,9 @@ class Driver:
         self.after(self.ledger.seal_group, SealGroup(partition_id=partition, group_id=group))
 
     def abort(self, group: int | str, partition: str = "p") -> int:
-        return int(self.after(self.ledger.abort_group, AbortGroup(partition_id=partition, group_id=group, reason="bad")))
+        return int(
+            self.after(self.ledger.abort_group, AbortGroup(partition_id=partition, group_id=group, reason="bad"))
+        )
 
     def set_tags(self, rows: Any, *tags: dict[str, Any] | None) -> None:
         request = SetTags(indexes=rows.indexes, generations=rows.generations, tags=tags)

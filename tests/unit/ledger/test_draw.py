@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from tests.unit.ledger.driver import Driver, draw_request, ints, rows
 
+from tests.unit.ledger.driver import Driver, draw_request, ints, rows
 from transfer_queue.errors import InvalidArgument, TransferQueueError, UnknownName, WrongType
 from transfer_queue.messages import Drawn
 
@@ -152,9 +152,17 @@ ILLEGAL: dict[str, tuple[type[TransferQueueError], str, dict[str, Any]]] = {
         {"count": 3, "global_step": 1, "sampler_params": {"dp_rank": 0, "dp_size": 2}},
     ),
     "groups": (InvalidArgument, r"\(3\) must be divisible by num_n_samples \(2\)", {"count": 3, "get_n_samples": True}),
-    "sampler": (UnknownName, "unknown sampler 'GRPOSampl'.*did you mean 'GRPOSampler'", {"sampler_params": {"sampler": "GRPOSampl"}}),
+    "sampler": (
+        UnknownName,
+        "unknown sampler 'GRPOSampl'.*did you mean 'GRPOSampler'",
+        {"sampler_params": {"sampler": "GRPOSampl"}},
+    ),
     "sampler type": (WrongType, "registered name", {"sampler_params": {"sampler": 3}}),
-    "rank": (InvalidArgument, r"dp_rank must lie in \[0, dp_size=2\), not 2", {"sampler_params": {"dp_rank": 2, "dp_size": 2}}),
+    "rank": (
+        InvalidArgument,
+        r"dp_rank must lie in \[0, dp_size=2\), not 2",
+        {"sampler_params": {"dp_rank": 2, "dp_size": 2}},
+    ),
     "rank alone": (InvalidArgument, "give both", {"sampler_params": {"dp_rank": 0}}),
     "size alone": (InvalidArgument, "give both", {"sampler_params": {"dp_size": 2}}),
     "size zero": (InvalidArgument, "must be positive, not 0", {"sampler_params": {"dp_rank": 0, "dp_size": 0}}),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.unit.ledger.driver import Driver, rows
 
+from tests.unit.ledger.driver import Driver, rows
 from transfer_queue import GRPOSampler
 from transfer_queue.errors import InvalidArgument, StaleSampleError, UnknownName
 

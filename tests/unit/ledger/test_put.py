@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.ledger.driver import UNIT, Driver, column, ints, rows
 
+from tests.unit.ledger.driver import UNIT, Driver, column, ints, rows
 from transfer_queue.errors import (
     CapacityExceeded,
     InvalidArgument,

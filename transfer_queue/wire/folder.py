@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transfer_queue.errors import CapacityExceeded, InvalidArgument
 from transfer_queue.messages import ProcessId
-from transfer_queue.storage.holders import is_alive, process_id
+from transfer_queue.wire.holders import is_alive, process_id
 
 SHARED_MEMORY = Path("/dev/shm")
 MAX_SOCKET_PATH = 100

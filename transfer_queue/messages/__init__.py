@@ -1,0 +1,181 @@
+"""The whole protocol: one frozen type per message.
+
+Three parties speak. A *client* asks the controller (`ControllerRequest`) and the storage units
+(`UnitRequest`); a *unit* announces itself to the controller and settles blocks with it; the
+*controller* pushes `FreeBlocks` to units. Every request gets exactly one answer, its reply type or
+an `ErrorReply`; types marked "one-way" get none.
+
+Shapes: n rows of a request, B rows of a draw. Arrays are int64 and travel as raw buffers. Fields of
+type `Frames` travel out of band, as further frames of the message.
+
+A row is named by (global index, generation). Generation `ANY_GENERATION` means "whichever lives now";
+only handles written by hand carry it.
+
+A block id is `unit number << 48 | span number << 16 | position in the span`; 0 means "no block".
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from transfer_queue.messages.base import (
+    ANY_GENERATION,
+    MESSAGE_TYPES,
+    PROTOCOL_VERSION,
+    SPAN_SHIFT,
+    UNIT_SHIFT,
+    Frames,
+    Int64s,
+    message,
+)
+from transfer_queue.messages.controller import (
+    AbortGroup,
+    Announce,
+    Cancel,
+    Clear,
+    Draw,
+    FreeBlocks,
+    FreesDone,
+    GetAudit,
+    GetExplanation,
+    GetStatus,
+    ListPartitions,
+    ListUnits,
+    Locate,
+    Put,
+    RegisterSampler,
+    ResetConsumption,
+    SealGroup,
+    SetTags,
+    Settle,
+)
+from transfer_queue.messages.replies import (
+    Announced,
+    Done,
+    Drawn,
+    ErrorReply,
+    Fetched,
+    Names,
+    Pinned,
+    PutDone,
+    Report,
+    Reserved,
+    Settled,
+    Status,
+    Units,
+)
+from transfer_queue.messages.unit import (
+    AbortBlocks,
+    Fetch,
+    GetUnitStats,
+    Pin,
+    Reserve,
+    ReturnSpan,
+    Unpin,
+    Write,
+)
+from transfer_queue.messages.values import (
+    ColumnSpec,
+    Location,
+    ProcessId,
+    UnitInfo,
+)
+
+ControllerRequest: TypeAlias = (
+    Put
+    | Draw
+    | Locate
+    | SetTags
+    | Clear
+    | ResetConsumption
+    | SealGroup
+    | AbortGroup
+    | GetStatus
+    | GetAudit
+    | GetExplanation
+    | RegisterSampler
+    | ListPartitions
+    | ListUnits
+    | Cancel
+    | Announce
+    | FreesDone
+    | Settle
+)
+UnitRequest: TypeAlias = Reserve | ReturnSpan | AbortBlocks | Write | Pin | Unpin | Fetch | GetUnitStats
+Request: TypeAlias = ControllerRequest | UnitRequest
+Reply: TypeAlias = (
+    Done
+    | ErrorReply
+    | PutDone
+    | Drawn
+    | Status
+    | Report
+    | Names
+    | Units
+    | Announced
+    | Settled
+    | Reserved
+    | Pinned
+    | Fetched
+)
+ONE_WAY: tuple[type[Any], ...] = (Cancel, FreesDone, FreeBlocks, ReturnSpan, AbortBlocks, Unpin)
+
+__all__ = [
+    "ANY_GENERATION",
+    "AbortBlocks",
+    "AbortGroup",
+    "Announce",
+    "Announced",
+    "Cancel",
+    "Clear",
+    "ColumnSpec",
+    "ControllerRequest",
+    "Done",
+    "Draw",
+    "Drawn",
+    "ErrorReply",
+    "Fetch",
+    "Fetched",
+    "Frames",
+    "FreeBlocks",
+    "FreesDone",
+    "GetAudit",
+    "GetExplanation",
+    "GetStatus",
+    "GetUnitStats",
+    "Int64s",
+    "ListPartitions",
+    "ListUnits",
+    "Locate",
+    "Location",
+    "MESSAGE_TYPES",
+    "Names",
+    "ONE_WAY",
+    "PROTOCOL_VERSION",
+    "Pin",
+    "Pinned",
+    "ProcessId",
+    "Put",
+    "PutDone",
+    "RegisterSampler",
+    "Reply",
+    "Report",
+    "Request",
+    "Reserve",
+    "Reserved",
+    "ResetConsumption",
+    "ReturnSpan",
+    "SPAN_SHIFT",
+    "SealGroup",
+    "SetTags",
+    "Settle",
+    "Settled",
+    "Status",
+    "UNIT_SHIFT",
+    "UnitInfo",
+    "UnitRequest",
+    "Units",
+    "Unpin",
+    "Write",
+    "message",
+]

@@ -1,0 +1,208 @@
+"""What clients and units ask the controller, and what it tells units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transfer_queue.messages.base import Int64s, message
+from transfer_queue.messages.values import ColumnSpec
+
+
+@message(10)
+class Put:
+    """Insert rows or add fields to rows, and make everything the put names visible at once. Reply: `PutDone`.
+
+    Rows: `indexes`/`generations` name existing ones; else `keys` name existing or new ones; else
+    `num_rows` new ones are inserted. Addressed by `partition_id` or `global_step`, unless
+    `indexes` say it already. `block_id` 0: no data (tags, keys or allocation only).
+    """
+
+    partition_id: str | None
+    global_step: int | None
+    num_rows: int
+    indexes: Int64s | None  # [n]
+    generations: Int64s | None  # [n]
+    keys: tuple[str, ...] | None
+    tags: tuple[dict[str, Any] | None, ...] | None
+    group_ids: tuple[int | str, ...] | None
+    group_size: int | None
+    block_id: int
+    columns: tuple[ColumnSpec, ...]
+    timeout_s: float
+    lease_token: int | None = None
+
+
+@message(11)
+class Draw:
+    """Take `batch_size` ready rows for a task, or wait for them. Reply: `Drawn`."""
+
+    partition_id: str | None
+    global_step: int | None
+    task_name: str
+    fields: tuple[str, ...]
+    batch_size: int
+    get_n_samples: bool
+    sampler_params: dict[str, Any]
+    timeout_s: float
+    lease_s: float | None = None
+
+
+@message(12)
+class Locate:
+    """Where are these fields of these rows? Reply: `Drawn`, in the given order; raises if a field is not produced.
+
+    Rows by `indexes`/`generations`, by `keys` of a partition, or (both None) all rows of the partition.
+    `fields` None: those that all the rows have.
+    """
+
+    partition_id: str | None
+    global_step: int | None
+    indexes: Int64s | None
+    generations: Int64s | None
+    keys: tuple[str, ...] | None
+    fields: tuple[str, ...] | None
+    allow_missing: bool = False
+
+
+@message(13)
+class SetTags:
+    """Merge tags into rows. Reply: `Done`."""
+
+    indexes: Int64s
+    generations: Int64s
+    tags: tuple[dict[str, Any] | None, ...]
+
+
+@message(14)
+class Clear:
+    """Remove rows: the named ones, or a whole partition. Reply: `Done` with the number of rows removed."""
+
+    partition_id: str | None
+    global_step: int | None
+    indexes: Int64s | None
+    generations: Int64s | None
+
+
+@message(15)
+class ResetConsumption:
+    """Give back everything a task (None: every task) consumed or reserved in a partition. Reply: `Done`."""
+
+    partition_id: str | None
+    global_step: int | None
+    task_name: str | None
+
+
+@message(16)
+class SealGroup:
+    """The group will not grow any more: it is complete with the rows it has. Reply: `Done`."""
+
+    partition_id: str
+    group_id: int | str
+
+
+@message(17)
+class AbortGroup:
+    """Drop all rows of the group, accounted under `reason`. Reply: `Done`."""
+
+    partition_id: str
+    group_id: int | str
+    reason: str
+
+
+@message(18)
+class GetStatus:
+    """Reply: `Status` of all rows of a partition, in allocation order. `fields` None: all known fields."""
+
+    partition_id: str | None
+    global_step: int | None
+    task_name: str | None
+    fields: tuple[str, ...] | None
+
+
+@message(19)
+class GetAudit:
+    """Reply: `Report`, the accounting of one partition or (None) of all."""
+
+    partition_id: str | None
+
+
+@message(20)
+class GetExplanation:
+    """Reply: `Report` with the entry "text": why such a draw is not served now."""
+
+    partition_id: str | None
+    global_step: int | None
+    task_name: str
+    fields: tuple[str, ...]
+    batch_size: int
+
+
+@message(21)
+class RegisterSampler:
+    """Give a task (None: every task without its own) a sampler by registered name. Reply: `Done`."""
+
+    task_name: str | None
+    sampler: str
+    arguments: dict[str, Any]
+
+
+@message(22)
+class ListPartitions:
+    """Reply: `Names`, in creation order."""
+
+
+@message(23)
+class ListUnits:
+    """Reply: `Units`. With `timeout_s` > 0 it waits until at least one unit is there."""
+
+    timeout_s: float
+
+
+@message(24)
+class Cancel:
+    """One-way: nobody waits for request `request_id` of this channel any more; if it was a draw, it is undone."""
+
+    request_id: int
+
+
+# ---------------------------------------------------------------- unit → controller
+
+
+@message(30)
+class Announce:
+    """A unit is there (again). Reply: `Announced`; frees that it missed are sent again."""
+
+    unit_id: str
+    address: str
+    local_address: str
+    folder: str
+    nonce: str
+    capacity_bytes: int
+
+
+@message(31)
+class FreesDone:
+    """One-way: every `FreeBlocks` up to `sequence` is done."""
+
+    unit_id: str
+    sequence: int
+
+
+@message(32)
+class Settle:
+    """Blocks whose writer is gone: which were committed? The others never will be. Reply: `Settled`."""
+
+    blocks: Int64s
+
+
+# ---------------------------------------------------------------- controller → unit
+
+
+@message(33)
+class FreeBlocks:
+    """One-way: nothing points to these any more. Sent again, with the same number, until `FreesDone`."""
+
+    sequence: int
+    blocks: Int64s  # whole blocks
+    partial_blocks: Int64s  # [k] blocks of which single slots are free …
+    partial_slots: Int64s  # [k] … and the slots

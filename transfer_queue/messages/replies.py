@@ -1,0 +1,124 @@
+"""Answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transfer_queue.messages.base import Frames, Int64s, message
+from transfer_queue.messages.values import ColumnSpec, Location, UnitInfo
+
+
+@message(60)
+class Done:
+    count: int = 0
+
+
+@message(61)
+class ErrorReply:
+    """The request failed; `name`, `message`, `details` as `errors.to_wire` gives them."""
+
+    name: str
+    message: str
+    details: dict[str, Any]
+
+
+@message(62)
+class PutDone:
+    partition_id: str
+    indexes: Int64s  # [n]
+    generations: Int64s  # [n]
+
+
+@message(63)
+class Drawn:
+    """Rows in the sampler's order. `columns` describe `fields`: shape None where the rows differ in it."""
+
+    partition_id: str
+    indexes: Int64s  # [B]
+    generations: Int64s  # [B]
+    fields: tuple[str, ...]
+    columns: tuple[ColumnSpec, ...]
+    locations: tuple[Location, ...]
+    produced: Int64s | None  # [B] 0/1: all of `fields` are there; None = all 1
+    keys: tuple[str | None, ...] | None
+    tags: tuple[dict[str, Any] | None, ...] | None
+    group_ids: tuple[int | str | None, ...] | None
+    extra_info: dict[str, Any]
+    lease_token: int | None = None
+    lease_deadline_s: float | None = None
+
+
+@message(64)
+class Status:
+    """Status per row, in allocation order. `consumption` is None where no task was asked for."""
+
+    partition_id: str
+    exists: bool
+    indexes: Int64s  # [N]
+    fields: tuple[str, ...]
+    production: Int64s  # [N * F] 0/1, row after row
+    consumption: Int64s | None  # [N] 0/1
+
+
+@message(65)
+class Report:
+    entries: dict[str, Any]
+
+
+@message(66)
+class Names:
+    names: tuple[str, ...]
+
+
+@message(67)
+class Units:
+    units: tuple[UnitInfo, ...]
+
+
+@message(68)
+class Announced:
+    number: int
+
+
+@message(69)
+class Settled:
+    committed: Int64s  # [n] 0/1
+
+
+@message(70)
+class Reserved:
+    """Span `span` is `size_bytes` at `offset` of the file `arena`; its k-th block has id `first_block + k`."""
+
+    span: int
+    first_block: int
+    arena: str
+    offset: int
+    size_bytes: int
+
+
+@message(71)
+class Pinned:
+    """Block i lies at `offsets[i]`, `sizes[i]` bytes, of the file `arenas[arena_of[i]]`.
+
+    `freed_blocks`/`freed_slots` name the slots of these blocks whose rows were cleared: their bytes are not to be read.
+    """
+
+    pin: int
+    arenas: tuple[str, ...]
+    arena_of: Int64s  # [n]
+    offsets: Int64s  # [n]
+    sizes: Int64s  # [n]
+    freed_blocks: Int64s  # [k]
+    freed_slots: Int64s  # [k]
+
+
+@message(72)
+class Fetched:
+    """The `rows` leading rows of the request, packed into one block image (see `storage.block`) per distinct block.
+
+    Images come in the order in which the blocks first appear; image i is the next `frames_of[i]` of `frames`.
+    """
+
+    rows: int
+    frames_of: Int64s
+    frames: Frames

@@ -1,0 +1,68 @@
+"""What clients ask a storage unit."""
+
+from __future__ import annotations
+
+from transfer_queue.messages.base import Frames, Int64s, message
+from transfer_queue.messages.values import ProcessId
+
+
+@message(40)
+class Reserve:
+    """Lend a span of at least `size_bytes` to write blocks into. Reply: `Reserved`. Waits for space, then raises."""
+
+    size_bytes: int
+    holder: ProcessId
+    timeout_s: float
+
+
+@message(41)
+class ReturnSpan:
+    """One-way: the holder carves no more blocks from this span; what lies behind its last block is free."""
+
+    span: int
+
+
+@message(42)
+class AbortBlocks:
+    """One-way: these blocks were written but never committed, and will not be."""
+
+    blocks: Int64s
+
+
+@message(43)
+class Write:
+    """Copy the frames, one behind the other, to `offset` of a span (the remote form of a memcpy). Reply: `Done`."""
+
+    span: int
+    offset: int
+    frames: Frames
+
+
+@message(44)
+class Pin:
+    """Keep the bytes of these blocks while the holder lives and until `Unpin`. Reply: `Pinned`."""
+
+    blocks: Int64s
+    holder: ProcessId
+
+
+@message(45)
+class Unpin:
+    """One-way: the end of a pin."""
+
+    pin: int
+
+
+@message(46)
+class Fetch:
+    """Read rows of fields. Reply: `Fetched` with as many leading rows as fit in `max_bytes`, at least one."""
+
+    blocks: Int64s  # [n]
+    slots: Int64s  # [n]
+    fields: tuple[str, ...]
+    max_bytes: int
+
+
+@message(47)
+class GetUnitStats:
+    """Reply: `Report`: bytes live, pinned, free, reserved; blocks; spans; arenas."""
