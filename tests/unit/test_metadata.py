@@ -360,7 +360,7 @@ def test_a_large_meta_pickles_small_and_fast() -> None:
     random = np.random.default_rng(0)
     size = 16384
     names = [f"field_{number}" for number in range(5)]
-    shapes = [Coded([(length,) for length in range(4096)], random.integers(0, 4096, size)) for _ in names]
+    shapes = [Coded([(length,) for length in range(512)], random.integers(0, 512, size)) for _ in names]
     schemas = [FieldSchema("int64", is_nested=True, row_shapes=column) for column in shapes]
     places = [FieldLocation((name,), random.integers(0, 512, size) + (3 << 48), np.arange(size)) for name in names]
     meta = fetched(

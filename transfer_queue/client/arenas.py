@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import queue
@@ -104,7 +105,8 @@ class Releaser:
 
     def _run(self) -> None:
         while (release := self._due.get()) is not None:
-            release()
+            with contextlib.suppress(ConnectionLost):  # then there is nothing left to release
+                release()
 
 
 def _open(path: str, flags: int) -> int:

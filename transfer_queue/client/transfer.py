@@ -9,14 +9,13 @@ B rows of a request
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from transfer_queue.client.arenas import ArenaMaps, Hold, Releaser, private_view
 from transfer_queue.client.buffers import DEFAULT_IDLE_BYTES, BufferPool
 from transfer_queue.client.fetching import Fetching
-from transfer_queue.client.filling import Filling, write_messages
 from transfer_queue.client.steps import Call, Compute, Notify, Operation
 from transfer_queue.client.units import Connect, KnownUnits, Place, UnitHandle, span_memory
 from transfer_queue.errors import CapacityExceeded, ConnectionLost, StaleSampleError
@@ -44,6 +43,7 @@ from transfer_queue.storage.block import (
     Directories,
     EncodedColumn,
     carve,
+    fill_block,
     image_parts,
     plan_block,
 )
@@ -161,17 +161,16 @@ def _store_alone(transfer: Transfer, unit: UnitHandle, plan: BlockPlan, timeout_
         place = Place(span.first_block, span_memory(transfer.maps, span)[: plan.size_bytes])
         carve(plan, place.memory, place.block_id)
     finally:
-        unit.peer.notify(ReturnSpan(span=span.span))
+        yield Notify(unit.peer, ReturnSpan(span=span.span))
     yield from _fill(unit, plan, place)
     return place.block_id
 
 
 def _fill(unit: UnitHandle, plan: BlockPlan, place: Place) -> Operation[None]:
-    filling = Filling(plan, place.memory, lambda: unit.peer.notify(_abort(place.block_id)))
     try:
-        yield Compute(filling.run, plan.size_bytes)
+        yield Compute(lambda: fill_block(plan, place.memory), plan.size_bytes)
     except BaseException:
-        filling.abandon()
+        yield Notify(unit.peer, _abort(place.block_id))
         raise
 
 
@@ -181,18 +180,35 @@ def _send(unit: UnitHandle, plan: BlockPlan, timeout_s: float) -> Operation[int]
     try:
         at_once = plan.size_bytes <= MAX_FRAME_BYTES
         parts = image_parts(plan, span.first_block, SEALED if at_once else WRITING)
-        calls = [Call(unit.peer, write, timeout_s) for write in write_messages(span.span, parts)]
+        calls = [Call(unit.peer, write, timeout_s) for write in _write_messages(span.span, parts)]
         for first in range(0, len(calls), WRITES_IN_FLIGHT):
             yield calls[first : first + WRITES_IN_FLIGHT]
         if not at_once:
             sealed = plan.header(span.first_block, SEALED)
             yield Call(unit.peer, Write(span=span.span, offset=0, frames=(sealed,)), timeout_s)
     except BaseException:
-        unit.peer.notify(ReturnSpan(span=span.span))
-        unit.peer.notify(_abort(span.first_block))
+        yield Notify(unit.peer, ReturnSpan(span=span.span))
+        yield Notify(unit.peer, _abort(span.first_block))
         raise
     yield Notify(unit.peer, ReturnSpan(span=span.span))
     return span.first_block
+
+
+def _write_messages(span: int, parts: Sequence[Bytes]) -> Iterator[Write]:
+    """Cut buffers that follow each other into messages of at most 8 MiB."""
+    frames: list[memoryview] = []
+    start = size = 0
+    for part in parts:
+        at = 0
+        while at < part.nbytes:
+            piece = part[at : at + MAX_FRAME_BYTES - size]
+            frames.append(piece.data)
+            at, size = at + piece.nbytes, size + piece.nbytes
+            if size == MAX_FRAME_BYTES:
+                yield Write(span=span, offset=start, frames=tuple(frames))
+                frames, start, size = [], start + size, 0
+    if frames:
+        yield Write(span=span, offset=start, frames=tuple(frames))
 
 
 def _reserve(size_bytes: int, timeout_s: float) -> Reserve:
@@ -215,29 +231,17 @@ def load(
     private copy-on-write views; their blocks stay pinned until the last of these views is garbage-collected. Raises
     `StaleSampleError` if blocks or rows are not stored any more.
     """
-    unit_of: dict[int, UnitHandle] = {}
-    for number in _unit_numbers(locations):
-        unit_of[number] = yield from _unit(transfer, number, timeout_s)
     pins: list[tuple[UnitHandle, Pinned]] = []
     views: list[Hold] = []
     try:
-        local: dict[int, Block] = {}
-        # One after the other: if one fails, the pins before it are known and can be ended.
-        for number, unit in unit_of.items():
-            if unit.local:
-                blocks = _blocks_at(locations, number)
-                pinned: Pinned = yield Call(unit.peer, Pin(blocks=blocks, holder=process_id()), timeout_s)
-                pins.append((unit, pinned))
-                _refuse_cleared(locations, pinned)
-                local.update(_mapped(transfer, blocks, pinned))
-        fetches = {
-            index: [_fetching(transfer, unit, number, location) for number, unit in unit_of.items() if not unit.local]
-            for index, location in enumerate(locations)
-        }
-        yield from _fetch_all([one for some in fetches.values() for one in some], timeout_s)
+        units = yield from _units(transfer, locations, timeout_s)
+        local = yield from _pin_local(transfer, [unit for unit in units if unit.local], locations, pins, timeout_s)
+        remote = [unit for unit in units if not unit.local]
+        fetches = [[_fetching(transfer, unit, location, fields) for unit in remote] for location in locations]
+        yield from _fetch_all([one for some in fetches for one in some], timeout_s)
         picks: dict[str, list[Pick]] = {}
-        for index, location in enumerate(locations):
-            rows = _row_set(location, local, fetches[index])
+        for location, fetched in zip(locations, fetches, strict=True):
+            rows = _row_set(location, local, fetched)
             picks.update((name, pick(name, rows)) for name in location.fields if name in fields)
         parts = [part for name in fields for part in picks[name]]
         if not copy and pins:
@@ -248,7 +252,8 @@ def load(
         return {name: [next(found) for _ in picks[name]] for name in fields}
     finally:
         if not views:
-            _unpinning(pins)()
+            for unit, pinned in pins:
+                yield Notify(unit.peer, Unpin(pin=pinned.pin))
 
 
 def _unpinning(pins: Sequence[tuple[UnitHandle, Pinned]]) -> Callable[[], None]:
@@ -259,24 +264,42 @@ def _unpinning(pins: Sequence[tuple[UnitHandle, Pinned]]) -> Callable[[], None]:
     return unpin
 
 
-def _unit(transfer: Transfer, number: int, timeout_s: float) -> Operation[UnitHandle]:
-    unit = transfer.units.get(number)
-    if unit is None:
+def _units(transfer: Transfer, locations: Sequence[Location], timeout_s: float) -> Operation[list[UnitHandle]]:
+    """Return the units where the rows lie."""
+    numbers = np.unique(np.concatenate([location.blocks for location in locations]) >> UNIT_SHIFT).tolist()
+    if any(transfer.units.get(number) is None for number in numbers):
         yield from _refresh(transfer, timeout_s)
-        unit = transfer.units.get(number)
-    if unit is None:
-        raise ConnectionLost(f"storage unit {number}, which stores some of these rows, is not known to the controller")
-    return unit
+    units = {number: transfer.units.get(number) for number in numbers}
+    unknown = [number for number, unit in units.items() if unit is None]
+    if unknown:
+        raise ConnectionLost(
+            f"storage units {unknown}, which store some of these rows, are not known to the controller"
+        )
+    return [unit for unit in units.values() if unit is not None]
 
 
-def _unit_numbers(locations: Sequence[Location]) -> list[int]:
-    numbers = [np.unique(location.blocks >> UNIT_SHIFT) for location in locations]
-    return [int(number) for number in np.unique(np.concatenate([np.empty(0, np.int64), *numbers]))]
+def _pin_local(
+    transfer: Transfer,
+    units: Sequence[UnitHandle],
+    locations: Sequence[Location],
+    pins: list[tuple[UnitHandle, Pinned]],
+    timeout_s: float,
+) -> Operation[dict[int, Block]]:
+    """Pin all blocks at these units and open them. One unit after the other: if one fails, `pins` has those before."""
+    opened: dict[int, Block] = {}
+    for unit in units:
+        blocks = _blocks_at(locations, unit.info.number)
+        pinned: Pinned = yield Call(unit.peer, Pin(blocks=blocks, holder=process_id()), timeout_s)
+        pins.append((unit, pinned))
+        _refuse_cleared(locations, pinned)
+        opened.update(_mapped(transfer, blocks, pinned))
+    return opened
 
 
 def _blocks_at(locations: Sequence[Location], number: int) -> Int64s:
     blocks = np.unique(np.concatenate([location.blocks for location in locations]))
-    return blocks[blocks >> UNIT_SHIFT == number]
+    chosen: Int64s = blocks[blocks >> UNIT_SHIFT == number]
+    return chosen
 
 
 def _refuse_cleared(locations: Sequence[Location], pinned: Pinned) -> None:
@@ -298,9 +321,10 @@ def _mapped(transfer: Transfer, blocks: Int64s, pinned: Pinned) -> dict[int, Blo
     return {block: transfer.directories.open_block(memories[arena], offset, block) for block, arena, offset in places}
 
 
-def _fetching(transfer: Transfer, unit: UnitHandle, number: int, location: Location) -> Fetching:
-    rows = np.flatnonzero(location.blocks >> UNIT_SHIFT == number)
-    return Fetching(unit.peer, location.fields, rows, location.blocks[rows], location.slots[rows], transfer.directories)
+def _fetching(transfer: Transfer, unit: UnitHandle, location: Location, fields: Sequence[str]) -> Fetching:
+    rows = np.flatnonzero(location.blocks >> UNIT_SHIFT == unit.info.number)
+    names = tuple(name for name in location.fields if name in fields)
+    return Fetching(unit.peer, names, rows, location.blocks[rows], location.slots[rows], transfer.directories)
 
 
 def _fetch_all(fetches: Sequence[Fetching], timeout_s: float) -> Operation[None]:

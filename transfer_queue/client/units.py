@@ -29,10 +29,9 @@ class Place:
 
 
 class SharedSpan:
-    """The span that the small puts of one process to one unit share. Thread-safe; a forked child starts without."""
+    """The span that the small puts of one process to one unit share. Thread-safe."""
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._span: Reserved | None = None
         self._memory: Bytes = np.empty(0, np.uint8)
@@ -40,7 +39,6 @@ class SharedSpan:
 
     def carve(self, plan: BlockPlan) -> Place | None:
         """Claim the next place in the span; None if there is no span or no room in it."""
-        self._leave_to_parent()
         with self._lock:
             if (
                 self._span is None
@@ -56,18 +54,12 @@ class SharedSpan:
 
     def replace(self, span: Reserved | None, memory: Bytes | None) -> int | None:
         """Go on with another span (None: with none); return the number of the one to give back."""
-        self._leave_to_parent()
         with self._lock:
             old, self._span = self._span, span
             if memory is not None:
                 self._memory = memory
             self._count = self._end = 0
             return None if old is None else old.span
-
-    def _leave_to_parent(self) -> None:
-        """After a fork: the span is the parent's, and its lock may be held for ever."""
-        if os.getpid() != self._pid:
-            self._pid, self._lock, self._span = os.getpid(), threading.Lock(), None
 
 
 @dataclass(eq=False)
@@ -88,34 +80,33 @@ class UnitHandle:
 
 
 class KnownUnits:
-    """Units by number. Thread-safe. `transport` "tcp" treats every unit as remote."""
+    """Units by number. Thread-safe; a forked child knows none. `transport` "tcp" treats every unit as remote."""
 
     def __init__(self, connect: Connect, transport: str = "auto") -> None:
         self._connect = connect
         self._transport = transport
         self._lock = threading.Lock()
         self._handles: dict[int, UnitHandle] = {}
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<KnownUnits {', '.join(handle.info.unit_id for handle in self._handles.values()) or 'none'}>"
 
     def update(self, infos: Iterable[UnitInfo]) -> None:
         """Take over what the controller says; a unit that is gone or has moved is disconnected."""
+        self._leave_to_parent()
         listed = {info.number: info for info in infos}
         with self._lock:
-            known = self._handles
-            self._handles = {}
-            for number, info in listed.items():
-                handle = known.get(number)
-                if handle is not None and handle.info.address == info.address and handle.info.nonce == info.nonce:
-                    self._handles[number] = known.pop(number)
-                else:
-                    local = self._transport != "tcp" and same_host(info.folder, info.nonce)
-                    self._handles[number] = UnitHandle(info, self._connect(info, local), local)
+            known = dict(self._handles)
+            self._handles = {
+                number: known.pop(number) if _same(known.get(number), info) else self._handle(info)
+                for number, info in listed.items()
+            }
         for handle in known.values():
             handle.close()
 
     def get(self, number: int) -> UnitHandle | None:
+        self._leave_to_parent()
         return self._handles.get(number)
 
     def forget(self, handle: UnitHandle) -> None:
@@ -127,11 +118,26 @@ class KnownUnits:
 
     def best(self) -> UnitHandle | None:
         """The unit for the next put: one of this host if there is any; among those, the one that got least."""
-        return min(self._handles.values(), key=lambda unit: (not unit.local, unit.sent_bytes), default=None)
+        self._leave_to_parent()
+        with self._lock:
+            return min(self._handles.values(), key=lambda unit: (not unit.local, unit.sent_bytes), default=None)
 
     def close(self) -> None:
         """Return the spans and disconnect. May be called twice."""
         self.update(())
+
+    def _handle(self, info: UnitInfo) -> UnitHandle:
+        local = self._transport != "tcp" and same_host(info.folder, info.nonce)
+        return UnitHandle(info, self._connect(info, local), local)
+
+    def _leave_to_parent(self) -> None:
+        """After a fork: spans and connections are the parent's, and the lock may be held for ever."""
+        if os.getpid() != self._pid:
+            self._pid, self._lock, self._handles = os.getpid(), threading.Lock(), {}
+
+
+def _same(handle: UnitHandle | None, info: UnitInfo) -> bool:
+    return handle is not None and (handle.info.address, handle.info.nonce) == (info.address, info.nonce)
 
 
 def span_memory(maps: ArenaMaps, span: Reserved) -> Bytes:

@@ -121,15 +121,11 @@ def _coded(values: Packed, codes: Packed) -> Coded[Any]:
 
 def _pack_values(values: tuple[Any, ...]) -> Packed:
     """Many shapes of one rank pickle as one array; each tuple by itself costs more than all their numbers."""
-    if values and type(values[0]) is tuple and {*map(_length, values)} == {len(values[0])}:
+    if {*map(type, values)} == {tuple} and len({*map(len, values)}) == 1:
         flat = np.array(list(itertools.chain.from_iterable(values)))
         if flat.size and flat.dtype == np.int64:
             return ("tuples", len(values[0]), pack(flat))
     return ("values", values)
-
-
-def _length(value: Any) -> int:
-    return len(value) if type(value) is tuple else -1
 
 
 def _unpack_values(packed: Packed) -> tuple[Any, ...]:
