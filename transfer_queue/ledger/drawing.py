@@ -136,7 +136,7 @@ class Drawing:
         self.assignments.unserve(partition.name, record.draw, split, assignment)
         if was_complete and assignment.missing:
             self._reserve(partition, task, self._rows.table.alive(assignment.held))
-            self._break_slices(partition, task, assignment)
+        self._break_slices(partition, task, assignment)
 
     def after_clear(self, partition: Partition) -> None:
         """Rows of the partition are gone: settle the assignments that had them."""

@@ -42,6 +42,7 @@ class Driver:
         self.freed_slots: list[tuple[int, int]] = []
         self.ticket = 0
         self.blocks = itertools.count(UNIT + 1)
+        self.latest_block = 0
 
     # ------------------------------------------------------------ requests
 
@@ -50,7 +51,8 @@ class Driver:
         to = options.pop("to", None)
         if to is not None:
             count, options["indexes"], options["generations"] = len(to.indexes), to.indexes, to.generations
-        request = put_request(count, fields, next(self.blocks) if fields else 0, **options)
+        self.latest_block = next(self.blocks) if fields else 0
+        request = put_request(count, fields, self.latest_block, **options)
         return self.after(self.ledger.put, request, self._next(), client, self.now)
 
     def draw(self, count: int = 1, fields: Sequence[str] = ("x",), task: str = "t", **options: Any) -> Drawn | None:
