@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
@@ -73,7 +74,7 @@ def test_a_waiting_draw_is_woken(queue: Any, partition: str, client: Any) -> Non
     """A draw that finds nothing waits on the server and returns once the missing rows are there."""
     found: list[Any] = []
     waiting = threading.Thread(
-        target=lambda: found.append(queue.get_meta(["x"], 2, partition, task_name="t", timeout=20))
+        target=lambda: found.append(queue.get_meta(["x"], 2, partition, task_name="t", timeout=math.inf))
     )
     waiting.start()
     client.put({"x": torch.zeros(1)}, partition_id=partition)

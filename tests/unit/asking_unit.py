@@ -25,6 +25,7 @@ from transfer_queue.storage.block import Directories, EncodedColumn, image_parts
 from transfer_queue.storage.gather import RowSet, pick
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.holders import process_id
+from transfer_queue.wire.ticket import Ticket
 
 MIB = 1 << 20
 NONE = np.empty(0, np.int64)
@@ -33,15 +34,12 @@ NONE = np.empty(0, np.int64)
 class Answer:
     """The asking end of a request: keeps its one answer."""
 
-    _next = iter(range(1, 1 << 30))
-
-    def __init__(self, channel: str = "channel") -> None:
-        self.channel = channel
-        self.request_id = next(self._next)
-        self._there = threading.Event()
+    def __init__(self, request: Any) -> None:
+        self.ticket = Ticket("tester", 1, "channel", request, self._deliver)
         self.replies: list[Any] = []
+        self._there = threading.Event()
 
-    def answer(self, reply: Any) -> None:
+    def _deliver(self, ticket: Ticket, reply: Any) -> None:
         self.replies.append(reply)
         self._there.set()
 
@@ -61,9 +59,9 @@ class Unit:
         self.service = UnitService(folder, clock=lambda: self.now, **options)
         self.service.number = 3
 
-    def begin(self, request: Any, channel: str = "channel") -> Answer:
-        answer = Answer(channel)
-        self.service.submit(request, answer)
+    def begin(self, request: Any) -> Answer:
+        answer = Answer(request)
+        self.service.submit(request, answer.ticket)
         return answer
 
     def ask(self, request: Any) -> Any:

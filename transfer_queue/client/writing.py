@@ -81,7 +81,8 @@ def put(
         check_handle(metadata, partition_id, global_step, keys, group_ids)
         count = agreed_rows(data=num_rows, metadata=metadata, tags=tags)
         request = same_rows(metadata)
-        tags = metadata.changed_tags() if tags is None else tags
+        metadata.update_custom_meta(tags)
+        tags = metadata.changed_tags()
     request = request | {
         "keys": None if keys is None else names_of("keys", keys),
         "tags": tags_of(tags),
@@ -174,7 +175,7 @@ def put_rows(
     if metadata is None:
         return _handle(request, done, specs, locations)
     metadata.mark_tags_sent()
-    metadata.add_columns(fields_of(specs), locations_of(locations))
+    metadata.add_columns(fields_of(specs), locations_of(locations), done.generations)
     return metadata
 
 

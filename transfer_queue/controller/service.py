@@ -6,13 +6,12 @@ from any thread of this process. A request is answered once: at once, or by the 
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
-from transfer_queue.controller.units import UnitBook
+from transfer_queue.controller.units import Unit, UnitBook
 from transfer_queue.errors import DeadlineExceeded, ProtocolMismatch, TransferQueueError
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import (
@@ -50,6 +49,19 @@ T = TypeVar("T")
 Push: TypeAlias = Callable[[Hashable, FreeBlocks], None]
 
 
+_FREEING_S = 1.0
+"""How long the answer to a clear waits for the units, so that old handles are refused everywhere when it comes."""
+
+
+class _Freeing(NamedTuple):
+    """A clear that is done but for what the units have to do."""
+
+    deadline: float
+    orders: list[tuple[Unit, int]]
+    ticket: Ticket
+    reply: Reply
+
+
 class ControllerService:
     """Serves `ControllerRequest`s. `push` sends a one-way message to the channel of a unit."""
 
@@ -60,6 +72,7 @@ class ControllerService:
         self._units = UnitBook()
         self._parked: dict[Hashable, Ticket] = {}
         self._waiting_for_units: list[tuple[float, Ticket]] = []
+        self._freeing: list[_Freeing] = []
         self._push: Push = lambda channel, order: None
 
     def send_frees_by(self, push: Push) -> None:
@@ -93,9 +106,11 @@ class ControllerService:
                 reply: Reply | TransferQueueError | None = self._dispatch(request, ticket, now)
             except TransferQueueError as error:
                 reply = error
-            if reply is not None:
+            orders = self._follow_up(now)
+            if orders and isinstance(reply, Done):
+                self._freeing.append(_Freeing(now + _FREEING_S, orders, ticket, reply))
+            elif reply is not None:
                 ticket.answer(reply)
-            self._follow_up(now)
 
     def tick(self) -> float | None:
         """Do what is due; return the seconds until something is due again."""
@@ -108,26 +123,42 @@ class ControllerService:
                 ticket.answer(
                     DeadlineExceeded("no storage unit announced itself in time; start one, or `init` a session")
                 )
-            deadlines = [deadline for deadline, _ in self._waiting_for_units]
-            next_s = min([self._ledger.next_deadline() or math.inf, *deadlines])
-            return None if next_s == math.inf else max(next_s - now, 0.0)
+            self._answer_freed(now)
+            due = [deadline for deadline, _ in self._waiting_for_units] + [entry.deadline for entry in self._freeing]
+            ledger_due = self._ledger.next_deadline()
+            if ledger_due is not None:
+                due.append(ledger_due)
+            return max(min(due) - now, 0.0) if due else None
 
     def lost(self, ticket: Ticket, reply: Reply | BaseException | None) -> None:
         """The client of this ticket is gone: what it drew is given back, what it waits for is forgotten."""
         with self._lock:
             self._cancel((ticket.client_id, ticket.request_id))
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[1] is not ticket]
+            self._freeing = [entry for entry in self._freeing if entry.ticket is not ticket]
             self._follow_up(self._clock())
 
     # ------------------------------------------------------------ inside
 
-    def _follow_up(self, now: float) -> None:
-        """Answer whom the last change satisfied, and tell units what they may reuse."""
+    def _follow_up(self, now: float) -> list[tuple[Unit, int]]:
+        """Answer whom the last change satisfied, and tell units what they may reuse; returns what they have to do."""
         for key, answer in self._ledger.wake(now):
             self._parked.pop(key).answer(answer)
+        orders = []
         for number, freed in self._ledger.blocks.take_freed().items():
             unit, order = self._units.free(number, freed)
             self._push(unit.channel, order)
+            orders.append((unit, order.sequence))
+        return orders
+
+    def _answer_freed(self, now: float) -> None:
+        """Answer the clears whose units refuse the cleared rows by now, or take too long to say so."""
+        waiting, self._freeing = self._freeing, []
+        for entry in waiting:
+            if entry.deadline <= now or all(unit.done(sequence) for unit, sequence in entry.orders):
+                entry.ticket.answer(entry.reply)
+            else:
+                self._freeing.append(entry)
 
     def _cancel(self, key: Hashable) -> None:
         self._parked.pop(key, None)
@@ -155,6 +186,7 @@ class ControllerService:
                 return self._announce(request, ticket)
             case FreesDone():
                 self._units.confirm(request.unit_id, request.sequence)
+                self._answer_freed(now)
                 return None
             case _:
                 return self._answer(request, now)

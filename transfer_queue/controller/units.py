@@ -23,6 +23,10 @@ class Unit:
     sequence: int = 0
     unconfirmed: list[FreeBlocks] = field(default_factory=list)
 
+    def done(self, sequence: int) -> bool:
+        """Whether the unit confirmed this order."""
+        return not self.unconfirmed or self.unconfirmed[0].sequence > sequence
+
 
 class UnitBook:
     """Units by number. A unit that returns under its id keeps its number."""

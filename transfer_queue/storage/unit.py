@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from transfer_queue.errors import CapacityExceeded, ConnectionLost, InvalidArgum
 from transfer_queue.messages import (
     ONE_WAY,
     AbortBlocks,
-    Cancel,
     Done,
     Fetch,
     FreeBlocks,
@@ -44,22 +42,10 @@ from transfer_queue.storage.packing import pack
 from transfer_queue.storage.space import UnitSpace
 from transfer_queue.storage.spans import Span
 from transfer_queue.wire.holders import is_alive
+from transfer_queue.wire.ticket import Ticket
 
 _REAP_S = 1.0
 _RETRY_GROWTH_S = 1.0
-_REMEMBERED_GRANTS = 4096
-
-
-class Ticket(Protocol):
-    """Where the answer to one request goes; `channel` and `request_id` name the request."""
-
-    @property
-    def channel(self) -> Any: ...
-
-    @property
-    def request_id(self) -> int: ...
-
-    def answer(self, reply: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +56,7 @@ class _Waiting:
 
 
 class UnitService:
-    """Serves `UnitRequest`, `FreeBlocks` and `Cancel`. Thread-safe; may be used before its `number` is known.
+    """Serves `UnitRequest` and `FreeBlocks`. Thread-safe; may be used before its `number` is known.
 
     capacity_bytes  of all arenas together; None: half of what the file system of `folder` has free now
     settle          given the blocks of dead writers, returns 0/1 for each: was it committed? None: keep them
@@ -96,7 +82,6 @@ class UnitService:
         self._space = UnitSpace(self._arenas)
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
-        self._granted: OrderedDict[tuple[Any, int], Reserved | Pinned] = OrderedDict()
         self._growing = False
         self._full: CapacityExceeded | None = None
         self._retry_growth_at = 0.0
@@ -169,7 +154,7 @@ class UnitService:
     def lost(self, ticket: Ticket, reply: Any) -> None:
         """The reply (None: any) to this request has nobody to go to: undo what it granted."""
         with self._lock:
-            self._withdraw(ticket.channel, ticket.request_id)
+            self._take_back(ticket, reply)
             answers = self._serve_waiting()
         for waiting, reserved in answers:
             waiting.ticket.answer(reserved)
@@ -195,7 +180,7 @@ class UnitService:
             case Reserve():
                 return self._reserve(request, ticket)
             case Pin():
-                return self._grant(ticket, self._space.pin(request.blocks, request.holder))
+                return self._space.pin(request.blocks, request.holder)
             case Unpin():
                 return self._space.unpin(request.pin)
             case ReturnSpan():
@@ -212,8 +197,6 @@ class UnitService:
                 return self._space.free_slots(request)
             case GetUnitStats():
                 return Report(entries={**self._space.stats(), "waiting": len(self._waiting)})
-            case Cancel():
-                return self._withdraw(ticket.channel, request.request_id)
         raise WrongType(f"a storage unit does not serve {type(request).__name__}")
 
     def _reserve(self, request: Reserve, ticket: Ticket) -> Reserved | None:
@@ -226,7 +209,6 @@ class UnitService:
         reserved = self._space.reserve(request.size_bytes, request.holder)
         self._grow_if_low()
         if reserved is not None:
-            self._grant(ticket, reserved)
             return reserved
         self._grow_for(request.size_bytes)
         if request.timeout_s <= 0:
@@ -234,20 +216,9 @@ class UnitService:
         self._waiting.append(_Waiting(request, ticket, self._clock() + request.timeout_s))
         return None
 
-    def _grant(self, ticket: Ticket, reply: Any) -> Any:
-        self._granted[ticket.channel, ticket.request_id] = reply
-        if len(self._granted) > _REMEMBERED_GRANTS:
-            self._granted.popitem(last=False)
-        return reply
-
-    def _withdraw(self, channel: Any, request_id: int) -> None:
-        """Nobody takes the answer to this request: forget it, or undo it."""
-        self._waiting = [
-            waiting
-            for waiting in self._waiting
-            if (waiting.ticket.channel, waiting.ticket.request_id) != (channel, request_id)
-        ]
-        match self._granted.pop((channel, request_id), None):
+    def _take_back(self, ticket: Ticket, reply: Any) -> None:
+        self._waiting = [waiting for waiting in self._waiting if waiting.ticket is not ticket]
+        match reply:
             case Reserved(span=span):
                 self._space.return_span(span)
             case Pinned(pin=pin):
@@ -261,7 +232,7 @@ class UnitService:
             if reserved is None:
                 still.append(waiting)
             else:
-                served.append((waiting, self._grant(waiting.ticket, reserved)))
+                served.append((waiting, reserved))
         self._waiting = still
         for waiting in still:
             self._grow_for(waiting.request.size_bytes)
@@ -348,4 +319,4 @@ class UnitService:
             waiting.ticket.answer(reserved)
 
 
-_FREEING = (ReturnSpan, AbortBlocks, FreeBlocks, Unpin, Cancel)
+_FREEING = (ReturnSpan, AbortBlocks, FreeBlocks, Unpin)

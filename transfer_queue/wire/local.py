@@ -152,7 +152,7 @@ class LocalPending:
         patience_s = timeout_s + self._peer.grace_s
         try:
             if not self.done:
-                self._gate.acquire(timeout=patience_s)
+                self._gate.acquire(timeout=min(patience_s, threading.TIMEOUT_MAX))
         except BaseException:
             self.cancel()
             raise

@@ -20,10 +20,10 @@ from transfer_queue.errors import CapacityExceeded, InvalidArgument, StaleSample
 from transfer_queue.messages import Drawn, PutDone
 
 NAMED = ["p", "q"]
-STEPPED = [f"step_{k}" for k in range(4)]
-PARTITIONS = st.sampled_from(NAMED + STEPPED)
+PARTITIONS = st.sampled_from(["p", "p", "p", "q", "step_0", "step_1", "step_2"])
 TASKS = st.sampled_from(["a", "b"])
 FIELDS = st.sampled_from([("x",), ("y",), ("x", "y")])
+CONTENT = st.sampled_from([("x", "y"), ("x", "y"), ("x",), ()])
 GROUPS = st.sampled_from(["g1", "g2", "g3", "g4"])
 ERRORS: dict[type[Exception], type[Exception]] = {
     Stale: StaleSampleError,
@@ -45,9 +45,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ producing
 
-    @rule(name=PARTITIONS, count=st.integers(1, 5), fields=FIELDS, data=st.booleans(), groups=st.lists(GROUPS))
-    def insert(self, name: str, count: int, fields: tuple[str, ...], data: bool, groups: list[str]) -> None:
-        fields = fields if data else ()
+    @rule(data=st.data())
+    def insert_some(self, data: st.DataObject) -> None:
+        """Several at once: rows have to be many for all the other rules to bite."""
+        for _ in range(data.draw(st.integers(1, 3))):
+            groups = data.draw(st.one_of(st.just([]), st.lists(GROUPS, min_size=1, max_size=4)))
+            self.insert(data.draw(PARTITIONS), data.draw(st.integers(1, 6)), data.draw(CONTENT), groups)
+
+    def insert(self, name: str, count: int, fields: tuple[str, ...], groups: list[str]) -> None:
         ids = groups if groups and name in NAMED else None
         count = len(ids) if ids else count
         options = {"partition_id": name, "group_ids": ids, "timeout_s": 1e9}
@@ -192,8 +197,10 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.model.remove(name, own)
         self.settle()
 
-    @rule(name=PARTITIONS)
-    def clear_partition(self, name: str) -> None:
+    @rule(name=PARTITIONS, often=st.integers(0, 2))
+    def clear_partition(self, name: str, often: int) -> None:
+        if often:
+            return  # rarely, so that partitions grow old
         part = self.model.partitions.get(name)
         assert self.queue.clear(name) == (len(part.rows) if part else 0)
         if part:
