@@ -36,7 +36,7 @@ class TransferQueueError(RuntimeError):
 
     details: dict[str, Any]
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, /, **details: Any) -> None:
         super().__init__(message)
         self.details = details
 

@@ -24,7 +24,7 @@ from recipe.grpo_tiny.evaluation import Evaluation
 from recipe.grpo_tiny.stages import Traffic
 
 PLAIN_LINE_STEPS = 10  # without a terminal, one line per so many steps
-SMOOTHING = 0.1
+SMOOTHING_STEPS = 5  # to either side
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,13 @@ class Journal:
 
 
 def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
-    """Return the exponential moving average of the values, started at the first."""
-    out = np.array(values, dtype=np.float64)
-    for i in range(1, len(out)):
-        out[i] = SMOOTHING * out[i] + (1 - SMOOTHING) * out[i - 1]
-    return out
+    """Return the mean of each value and its neighbours; fewer of them at the ends."""
+    reach = range(-SMOOTHING_STEPS, SMOOTHING_STEPS + 1)
+    shifted = np.full((len(reach), len(values)), np.nan)
+    for row, shift in zip(shifted, reach, strict=True):
+        source = slice(max(0, shift), len(values) + min(0, shift))
+        row[max(0, -shift) : len(values) - max(0, shift)] = values[source]
+    return np.nanmean(shifted, axis=0)
 
 
 def draw_rewards(path: Path, steps: Sequence[StepMetrics], title: str) -> None:
@@ -117,7 +119,7 @@ def draw_rewards(path: Path, steps: Sequence[StepMetrics], title: str) -> None:
     axes.plot(numbers, [metrics.exact for metrics in steps], color="tab:orange", linewidth=1, label="exact answers")
     axes.set(xlabel="step", ylabel="mean reward, share of rows", ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 

@@ -103,9 +103,12 @@ class RayRuntime(Runtime):
         import ray
 
         pending = list(futures)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1)
-            ray.get(done)
+        try:
+            while pending:
+                done, pending = ray.wait(pending, num_returns=1)
+                ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
         return list(ray.get(list(futures)))
 
     def close(self) -> None:

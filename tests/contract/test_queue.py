@@ -86,14 +86,12 @@ def test_a_waiting_draw_is_woken(queue: Any, partition: str, client: Any) -> Non
 
 def test_a_waiting_draw_delays_nobody(queue: Any, partition: str, connect: Any) -> None:
     """While draws wait, requests of other clients, and of the same one, are answered at once."""
-    waiting = [
-        threading.Thread(
-            target=lambda: pytest.raises(
-                GetMetaTimeout, queue.get_meta, ["never"], 1, partition, task_name="t", timeout=1
-            )
-        )
-        for _ in range(3)
-    ]
+
+    def wait_in_vain() -> None:
+        with pytest.raises(GetMetaTimeout):
+            queue.get_meta(["never"], 1, partition, task_name="t", timeout=1)
+
+    waiting = [threading.Thread(target=wait_in_vain) for _ in range(3)]
     for thread in waiting:
         thread.start()
     started = time.perf_counter()

@@ -92,9 +92,9 @@ def test_wrong_token_is_refused(queue: Any) -> None:
     """A client with another token gets `NotAuthorized`, on both transports."""
     record = queue.controller.zmq_info.to_record() | {"token": "00" * 32}
     for transport in ("auto", "tcp"):
-        with tq.TransferQueueClient("stranger", ZMQServerInfo.from_record(record), transport=transport) as stranger:
-            with pytest.raises(NotAuthorized, match="token"):
-                stranger.get_partition_list()
+        stranger = tq.TransferQueueClient("stranger", ZMQServerInfo.from_record(record), transport=transport)
+        with stranger, pytest.raises(NotAuthorized, match="token"):
+            stranger.get_partition_list()
     assert tq.get_client().get_partition_list() == []
 
 
@@ -146,7 +146,7 @@ def test_forked_children_attach_anew(queue: Any) -> None:
 
 
 def test_what_a_killed_process_leaves_goes_at_the_next_start() -> None:
-    """SIGKILL leaves folders in shared memory; the next session of the user removes them, and not those of the living."""
+    """SIGKILL leaves folders in shared memory; the user's next session removes them, and spares those of the living."""
     script = """
         import time, torch
         import transfer_queue as tq

@@ -94,8 +94,8 @@ def test_dp_sampler_by_sampler_params(connect: Any, monkeypatch: pytest.MonkeyPa
     for rank in range(4):
         monkeypatch.setenv("DP_RANK", str(rank))
         monkeypatch.setenv("DP_SIZE", "4")
-        dp_rank = int(os.environ.get("DP_RANK", 0))
-        dp_size = int(os.environ.get("DP_SIZE", 1))
+        dp_rank = int(os.environ.get("DP_RANK", 0))  # noqa: PLW1508  as published
+        dp_size = int(os.environ.get("DP_SIZE", 1))  # noqa: PLW1508  as published
         assert not client.check_consumption_status("training_task", 0)
         batch_meta = client.get_meta(
             data_fields=["prompts", "responses"],

@@ -134,7 +134,7 @@ class Peer:
             pool.done(link)
 
     def close(self) -> None:
-        """End all connections. Calls under way, in any thread or loop, end with `ConnectionLost`. May be called twice."""
+        """End all connections. Calls under way anywhere end with `ConnectionLost`. May be called twice."""
         self._pool_now().close()
 
     def open_link(self, bell_fd: int, on_push: Callable[[Any], None], on_welcome: Callable[[], None]) -> Link:

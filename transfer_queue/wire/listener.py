@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from transfer_queue.errors import ConnectionLost, from_wire
+from transfer_queue.errors import ConnectionLost, NotAuthorized, ProtocolMismatch, from_wire
 from transfer_queue.messages import ErrorReply, Reply, Request
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.codec import encode_message
+from transfer_queue.wire.link import Link
 from transfer_queue.wire.requests import RequestIds
 from transfer_queue.wire.ticket import Answer, guarded
 
@@ -33,13 +34,13 @@ class Listener:
         self._closed = False
         self._first: Answer | None = None
         self._answered = threading.Event()
-        self._link = peer.open_link(self._bell.fd, self._take, self._announce)
-        self._address = peer.address
+        self._peer = peer
+        self._link = self._open()
         self._thread = threading.Thread(target=self._listen, name="transfer_queue listener", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"<Listener to {self._address}: {'closed' if self._closed else 'listening'}>"
+        return f"<Listener to {self._peer.address}: {'closed' if self._closed else 'listening'}>"
 
     def __enter__(self) -> Listener:
         return self
@@ -50,7 +51,7 @@ class Listener:
     def announced(self, timeout_s: float) -> Reply:
         """Wait for the first answer to the announcement. Raises what it was refused with, else `ConnectionLost`."""
         if not self._answered.wait(timeout_s):
-            raise ConnectionLost(f"{self._address} did not answer within {timeout_s:.1f} s: is the server alive?")
+            raise ConnectionLost(f"{self._peer.address} did not answer within {timeout_s:.1f} s: is the server alive?")
         match self._first:
             case BaseException() as error:
                 raise error
@@ -70,11 +71,17 @@ class Listener:
     # ------------------------------------------------------------ in the thread of the listener
 
     def _listen(self) -> None:
-        while not self._closed and self._link.failure is None:
+        while not self._closed and not isinstance(self._link.failure, NotAuthorized | ProtocolMismatch):
+            if self._link.failure is not None:
+                self._link.close()
+                self._link = self._open()
             self._link.wait(_WAIT_S)
-        self._note(self._link.failure or ConnectionLost(f"the listener to {self._address} was closed"))
+        self._note(self._link.failure or ConnectionLost(f"the listener to {self._peer.address} was closed"))
         self._link.close()
         self._bell.close()
+
+    def _open(self) -> Link:
+        return self._peer.open_link(self._bell.fd, self._take, self._announce)
 
     def _announce(self) -> None:
         number, floor = self._ids.take()

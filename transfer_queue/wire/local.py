@@ -122,7 +122,7 @@ class LocalPeer:
 
     def take_back(self, ticket: Ticket, reply: Reply | None) -> None:
         """Tell the handler that nobody gets this reply."""
-        self._handler.lost(ticket, reply)
+        guarded(self._handler.lost, ticket, reply)
 
 
 class LocalPending:

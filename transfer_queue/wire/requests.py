@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -64,6 +65,9 @@ class RequestIds:
                 self._unanswered.pop(self._unresolved.popitem(last=False)[0], None)
 
 
+_IDLE_S = 600.0
+
+
 class Answered(NamedTuple):
     """An answer that was sent, and to which request."""
 
@@ -72,35 +76,42 @@ class Answered(NamedTuple):
 
 
 class _Client:
-    __slots__ = ("answers", "floor", "waiting")
+    __slots__ = ("answers", "floor", "forgotten", "heard", "waiting")
 
     def __init__(self) -> None:
+        self.heard = 0.0
         self.floor = 0
+        self.forgotten = 0  # highest id whose answer had to make room for others
         self.waiting: dict[int, Ticket] = {}
         self.answers: OrderedDict[int, Answered] = OrderedDict()
 
 
 class RequestTable:
-    """The requests of all clients, used by the server thread alone. Bounded in clients, and in answers of each."""
+    """The requests of all clients, used by the server thread alone.
 
-    def __init__(self, *, clients: int = 4096, answers: int = 1024) -> None:
+    Bounded in clients and in answers of each; clients without requests under way are forgotten after ten minutes.
+    """
+
+    def __init__(self, *, clients: int = 4096, answers: int = 4096) -> None:
         self._clients: Bounded[str, _Client] = Bounded(clients)
         self._answers = answers
 
     def find(self, client_id: str, request_id: int, floor: int) -> Ticket | Answered | None:
         """Return what is known of a request: its ticket if it waits, its answer if it had one, None if it is new.
 
-        Raises `ConnectionLost` if the client has said before that it does not wait for this one.
+        Raises `ConnectionLost` if it may have been answered, but the answer is not known any more.
         """
         client = self._clients.get(client_id)
         if client is None:
             client = _Client()
             self._clients.put(client_id, client)
+        client.heard = time.monotonic()
+        self._forget_idle(client.heard - _IDLE_S)
         client.floor = max(client.floor, floor)
         while client.answers and next(iter(client.answers)) < client.floor:
             client.answers.popitem(last=False)
         found = client.waiting.get(request_id) or client.answers.get(request_id)
-        if found is None and request_id < client.floor:
+        if found is None and (request_id < client.floor or request_id <= client.forgotten):
             raise ConnectionLost(
                 f"the outcome of request {request_id} of client {client_id!r} is not known any more: look at the data",
                 request_id=request_id,
@@ -122,7 +133,7 @@ class RequestTable:
         if isinstance(ticket.request, REMEMBERED) and ticket.request_id >= client.floor:
             client.answers[ticket.request_id] = Answered(ticket, reply)
             if len(client.answers) > self._answers:
-                client.answers.popitem(last=False)
+                client.forgotten = max(client.forgotten, client.answers.popitem(last=False)[0])
 
     def withdraw(self, client_id: str, request_id: int) -> Ticket | Answered | None:
         """Return what has to be taken back when nobody waits for a request any more, and forget it.
@@ -138,3 +149,8 @@ class RequestTable:
         if not isinstance(answered.ticket.request, GIVEN_BACK):
             return None
         return client.answers.pop(request_id)
+
+    def _forget_idle(self, before: float) -> None:
+        oldest = self._clients.oldest()
+        if oldest is not None and oldest[1].heard < before and not oldest[1].waiting:
+            self._clients.pop(oldest[0])

@@ -84,12 +84,14 @@ class Introduction:
         self._client_id = client_id.encode()
         self._nonce = b""
         self._server_proved = False
+        self._greeting = False
         self.welcomed = False
 
     def hello(self) -> bytes:
         """Start, or start over."""
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._server_proved = self.welcomed = False
+        self._greeting = True
         return _HELLO.pack(Kind.HELLO, _MAGIC, PROTOCOL_VERSION, self._nonce) + self._client_id
 
     def receive(self, frame: bytes) -> bytes | None:
@@ -100,7 +102,7 @@ class Introduction:
         """
         match frame[0]:
             case Kind.WHO:
-                return self.hello()
+                return None if self._greeting else self.hello()
             case Kind.CHALLENGE:
                 return self._prove(frame)
             case Kind.WELCOME | Kind.REFUSED:
@@ -119,6 +121,7 @@ class Introduction:
         _, attempt, nonce, proof = _unpack(_CHALLENGE, frame)
         if attempt != self._nonce:
             return None
+        self._greeting = False
         expected = _sign(self._token, _SERVER_LABEL, self._nonce, nonce, self._client_id)
         self._server_proved = hmac.compare_digest(proof, expected)
         return _PROOF.pack(Kind.PROOF, _sign(self._token, _CLIENT_LABEL, self._nonce, nonce, self._client_id))
@@ -159,6 +162,10 @@ class Bounded(Generic[K, V]):
 
     def pop(self, key: K) -> V | None:
         return self._entries.pop(key, None)
+
+    def oldest(self) -> tuple[K, V] | None:
+        """Return the entry that was not used for longest."""
+        return next(iter(self._entries.items()), None)
 
 
 class _Stranger(NamedTuple):
