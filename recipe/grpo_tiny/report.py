@@ -96,12 +96,12 @@ class Journal:
 
 def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
     """Return the mean of each value and its neighbours; fewer of them at the ends."""
-    reach = range(-SMOOTHING_STEPS, SMOOTHING_STEPS + 1)
-    shifted = np.full((len(reach), len(values)), np.nan)
-    for row, shift in zip(shifted, reach, strict=True):
-        source = slice(max(0, shift), len(values) + min(0, shift))
-        row[max(0, -shift) : len(values) - max(0, shift)] = values[source]
-    return np.nanmean(shifted, axis=0)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    steps = np.arange(len(values))
+    first = np.maximum(steps - SMOOTHING_STEPS, 0)
+    behind = np.minimum(steps + SMOOTHING_STEPS + 1, len(values))
+    averages: NDArray[np.float64] = (sums[behind] - sums[first]) / (behind - first)
+    return averages
 
 
 def draw_rewards(path: Path, steps: Sequence[StepMetrics], title: str) -> None:

@@ -59,9 +59,12 @@ def test_picture_shows_curves(tmp_path: Path) -> None:
     assert rising[0] > rising[1]  # rows of a picture count downwards
 
 
-def test_smoothing_starts_at_the_first_value() -> None:
-    """An exponential average that is not pulled towards 0 at the start."""
-    assert smoothed([1.0, 1.0, 0.0]).tolist() == pytest.approx([1.0, 1.0, 0.9])
+def test_smoothing_uses_the_neighbours_there_are() -> None:
+    """A centred mean over eleven steps, over fewer at the ends."""
+    assert smoothed([1.0, 2.0, 6.0]).tolist() == pytest.approx([3.0, 3.0, 3.0])
+    line = smoothed(list(range(20)))
+    assert line[8:11].tolist() == pytest.approx([8.0, 9.0, 10.0])
+    assert (line[0], line[19]) == pytest.approx((2.5, 16.5))
 
 
 @pytest.mark.parametrize("terminal", [True, False])
