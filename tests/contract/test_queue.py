@@ -167,6 +167,8 @@ def test_ranks_share_one_selection(queue: Any, partition: str) -> None:
     assert again.extra_info["replayed"] and queue.get_data(again)["x"].tolist() == [2, 3]
     with pytest.raises(InvalidArgument, match="disagree on dp_size"):
         ask(0, dp_size=4)
+    alone = queue.get_meta(["x"], 2, partition, task_name="train", sampler_params={"dp_rank": 1})
+    assert queue.get_data(alone)["x"].tolist() == [4, 5], "a rank without dp_size draws for itself"
 
 
 def test_keys_and_tags(queue: Any, partition: str) -> None:
@@ -250,7 +252,7 @@ def test_bad_input_is_named_at_once(queue: Any, partition: str) -> None:
         ),
         (
             InvalidArgument,
-            "dp_rank",
+            "dp_size without dp_rank",
             lambda: queue.get_meta(["x"], 1, partition, task_name="t", sampler_params={"dp_size": 2}),
         ),
         (UnknownName, "no field 'z'.*known: x", lambda: queue.get_data(meta, fields=["z"])),

@@ -146,6 +146,24 @@ def test_rows_of_several_puts_are_loaded_in_any_order(host: Host, width: int) ->
     assert host.stats("pins") == 0
 
 
+def test_rows_of_many_puts_and_kinds_come_in_the_order_asked_for(host: Host) -> None:
+    """Single rows put one by one, dense, ragged, of other rank and as objects, are read in several steps if need be."""
+    made: list[Any] = [torch.full((1, number % 7), float(number)) for number in range(1200)]
+    made += [torch.zeros(1, 2, 2), ["text"], torch.ones(1, 3), [{"a": 1}]]
+    places = [host.put({"x": data}) for data in made]
+    order = np.random.default_rng(1).permutation(len(made)).tolist()
+    found = host.get(joined(*places, order=order))["x"].tolist()
+    for value, position in zip(found, order, strict=True):
+        wanted = made[position][0]
+        assert torch.equal(value, wanted) if isinstance(wanted, torch.Tensor) else value == wanted
+    ragged = host.get(joined(*places[:1200], order=order_below(order, 1200)))["x"]
+    assert [float(row.sum()) for row in ragged.unbind(0)] == [float(n * (n % 7)) for n in order_below(order, 1200)]
+
+
+def order_below(order: list[int], limit: int) -> list[int]:
+    return [position for position in order if position < limit]
+
+
 def test_fields_of_several_locations_come_together(host: Host) -> None:
     """Fields that were put later lie in other blocks; one load reads all."""
     first = host.put({"x": torch.arange(3), "unused": torch.zeros(3, 10_000)})

@@ -161,7 +161,7 @@ def test_cleared_slots_are_told_to_who_pins_and_refused_to_who_fetches(unit: Uni
 
 
 def test_a_fetch_returns_leading_rows_within_its_limit(unit: Unit) -> None:
-    """Rows are packed per distinct block in order of appearance; at least one comes, whatever the limit."""
+    """Rows of several blocks are packed in the order asked for; at least one comes, whatever the limit."""
     one, two = unit.put(rows(4, 1000)), unit.put(rows(4, 1000, first=11))
     blocks, slots = ids(two, one, two, one), ids(3, 0, 3, 2)
     for limit, count in ((1, 1), (2999, 2), (3000, 3), (1 << 20, 4)):
@@ -169,11 +169,20 @@ def test_a_fetch_returns_leading_rows_within_its_limit(unit: Unit) -> None:
         assert found.rows == count
         values = unpacked(found, 4)
         assert values[0][0, 0] == 14
-    assert [array[:, 0].tolist() for array in values] == [[14, 14], [1, 3]]
+    assert [array[:, 0].tolist() for array in values] == [[14, 1, 14, 3]]
     with pytest.raises(UnknownName, match="no field 'y'"):
         unit.ask(Fetch(blocks=blocks, slots=slots, fields=("y",), max_bytes=10))
     with pytest.raises(InvalidArgument):
         unit.ask(Fetch(blocks=blocks, slots=slots[:1], fields=("x",), max_bytes=10))
+
+
+def test_rows_that_cannot_share_a_column_are_fetched_per_block(unit: Unit) -> None:
+    """Rows of two ranks come in an image per block, in order of appearance."""
+    flat, deep = unit.put(rows(4, 6)), unit.put(rows(4, 6, first=11).reshape(4, 2, 3))
+    found = unit.ask(Fetch(blocks=ids(deep, flat, deep), slots=ids(3, 0, 1), fields=("x",), max_bytes=1000))
+    values = unpacked(found, 3)
+    assert [array.shape for array in values] == [(2, 2, 3), (1, 6)]
+    assert [array.ravel()[0] for array in values] == [14, 1] and values[0][1, 0, 0] == 12
 
 
 def test_large_rows_are_fetched_in_frames_of_bounded_size(folder: Path) -> None:

@@ -48,6 +48,8 @@ class Fetching:
         if not 0 < reply.rows <= len(self.rows) - self.done:
             raise DecodeError(f"a storage unit answered {reply.rows} of {len(self.rows) - self.done} rows")
         ids, which = in_order_of_appearance(self.block_ids[self.done : self.done + reply.rows])
+        if len(reply.frames_of) == 1:
+            ids, which = ids[:1], np.zeros_like(which)
         if len(ids) != len(reply.frames_of) or int(reply.frames_of.sum()) != len(reply.frames):
             raise DecodeError(f"a storage unit answered {len(reply.frames_of)} block images for {len(ids)} blocks")
         self.which.append(which + len(self.blocks))

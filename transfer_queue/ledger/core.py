@@ -206,7 +206,7 @@ class Ledger:
         self._undoable[ticket] = record
         if len(self._undoable) > _UNDOABLE:
             self._undoable.popitem(last=False)
-        if record.gave_back:
+        if record.stirs:
             self._stirred.add(record.partition)
         return drawn
 

@@ -30,7 +30,7 @@ class DrawRecord:
     consumed: Handle
     split: Split | None = None
     assignment: Assignment | None = None
-    gave_back: bool = False  # the draw made other rows available
+    stirs: bool = False  # the draw gave rows back, or fixed the slices of other ranks: others may be answered now
 
 
 class Drawing:
@@ -85,6 +85,7 @@ class Drawing:
     def _attempt_split(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Drawn, DrawRecord] | None:
         assert plan.split is not None
         assignment = self.assignments.find(partition.name, draw, plan)
+        formed = assignment is None
         if assignment is None:
             chosen = self._select(draw, plan, partition)
             if chosen is None:
@@ -96,9 +97,9 @@ class Drawing:
             return None
         was_complete = not assignment.missing
         replayed = self.assignments.serve(partition.name, draw, plan.split, assignment)
-        record = DrawRecord(partition.name, draw, self._rows.table.handle(rows[:0]), plan.split, assignment)
+        record = DrawRecord(partition.name, draw, self._rows.table.handle(rows[:0]), plan.split, assignment, formed)
         if not was_complete and not assignment.missing:
-            record.gave_back = self._complete(partition, draw.task_name, assignment)
+            record.stirs |= self._complete(partition, draw.task_name, assignment)
         extra = {"replayed": True} if replayed else {}
         return self._lookup.describe(partition.name, rows, draw.fields, [partition], extra_info=extra), record
 

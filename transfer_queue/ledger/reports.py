@@ -12,7 +12,7 @@ from transfer_queue.errors import GetMetaTimeout, UnknownName, nearest
 from transfer_queue.ledger.drawing import Drawing
 from transfer_queue.ledger.partition import Partition, ready_key
 from transfer_queue.ledger.rows import Rows
-from transfer_queue.ledger.selection import Plan
+from transfer_queue.ledger.selection import Plan, has_filter
 from transfer_queue.ledger.waiting import WaitingRoom
 from transfer_queue.messages import Draw, GetExplanation, GetStatus, Status
 
@@ -133,7 +133,8 @@ class Reports:
         parts += self._taken(partition, task)
         if plan is not None:
             parts += self._incomplete_groups(partition, task, fields, plan)
-            parts.append(f"sampler {plan.sampler!r}")
+            rule = " lets rows pass by a filter of its own" if has_filter(plan.sampler) else ""
+            parts.append(f"sampler {plan.sampler!r}{rule}")
         if task not in self._rows.table.tasks or not self._rows.table.tasks[task].consumed.any():
             others = [known for known in self._rows.table.tasks if known != task]
             if close := nearest(task, others).partition("did you mean ")[2]:

@@ -143,12 +143,12 @@ class SamplerBook:
 
 def _split(params: Mapping[str, Any], sampler: BaseSampler) -> Split | None:
     own = sampler if isinstance(sampler, DPSampler) else None
-    if own is None and params.keys().isdisjoint(("dp_rank", "dp_size")):
+    if own is None and "dp_size" not in params:
         return None
     rank = params.get("dp_rank", own.dp_rank if own else None)
     size = params.get("dp_size", own.dp_size if own else None)
-    if rank is None or size is None:
-        raise InvalidArgument("sampler_params gives one of dp_rank and dp_size; give both")
+    if rank is None:
+        raise InvalidArgument("sampler_params gives dp_size without dp_rank; give both")
     check_rank(rank, size)
     group, batch_index = params.get("dp_group_id"), params.get("batch_index", 0)
     if group is not None and (isinstance(group, bool) or not isinstance(group, str | int)):
@@ -158,14 +158,14 @@ def _split(params: Mapping[str, Any], sampler: BaseSampler) -> Split | None:
     return Split(rank, size, group, batch_index)
 
 
-def _filters(sampler: BaseSampler) -> bool:
+def has_filter(sampler: BaseSampler) -> bool:
     """Has the sampler a filter of its own?"""
     return type(sampler).filter_ready_indices is not BaseSampler.filter_ready_indices
 
 
 def _candidates(plan: Plan, draw: Draw, view: RowsView, ready: ReadySet, table: RowTable) -> Sequence[int]:
     """What the sampler chooses from."""
-    if not _filters(plan.sampler):
+    if not has_filter(plan.sampler):
         return view if plan.sampler.lazy else view[:].tolist()
     passed = _filtered(plan.sampler, draw, ready, table)
     return passed[view.holds(passed)].tolist() if plan.by_heads else passed.tolist()  # type: ignore[no-any-return]
@@ -234,7 +234,7 @@ def _checked(sampler: BaseSampler, chosen: Any, candidates: Sequence[int], view:
     """A row may be handed out once per draw, if it is one of those that the sampler was given."""
     rows = _as_rows(sampler, chosen)
     fits = view.holds(rows)
-    if _filters(sampler):
+    if has_filter(sampler):
         fits &= np.isin(rows, np.asarray(candidates, dtype=np.int64))
     if not fits.all():
         raise SamplerError(

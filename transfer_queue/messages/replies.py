@@ -114,9 +114,10 @@ class Pinned:
 
 @message(72)
 class Fetched:
-    """The `rows` leading rows of the request, packed into one block image (see `storage.block`) per distinct block.
+    """The `rows` leading rows of the request, packed into block images (see `storage.block`).
 
-    Images come in the order in which the blocks first appear; image i is the next `frames_of[i]` of `frames`.
+    Either one image with all of them in order, or one per distinct block in the order in which those first appear;
+    image i is the next `frames_of[i]` of `frames`.
     """
 
     rows: int

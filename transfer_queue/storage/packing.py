@@ -8,35 +8,56 @@ import numpy as np
 
 from transfer_queue.errors import InvalidArgument, StaleSampleError
 from transfer_queue.messages import Fetch, Fetched, Int64s
-from transfer_queue.storage.block import HEADER_BYTES, SEALED, Block, EncodedColumn, plan_block
+from transfer_queue.storage.block import SEALED, Block, EncodedColumn, plan_block
 from transfer_queue.storage.gather import Pick, RowSet, pick, row_bytes
 from transfer_queue.storage.ranges import Bytes
 from transfer_queue.storage.space import UnitSpace
 
 MAX_FRAME_BYTES = 8 << 20
 
-_MAX_BLOCKS = 256  # in one reply: a server is not to be kept busy for long
+_MAX_BLOCKS = 1024  # in one reply: a server is not to be kept busy for long
+_MAX_IMAGES = 64
 
 
 def pack(space: UnitSpace, request: Fetch) -> Fetched:
-    """Copy the leading rows that fit in `max_bytes`, at least one. Raises `StaleSampleError` for rows that are gone."""
+    """Copy the leading rows that fit in `max_bytes`, at least one. Raises `StaleSampleError` for rows that are gone.
+
+    All of them go into one image, if their columns can be shared; else each block has its own.
+    """
     if len(request.blocks) != len(request.slots) or not len(request.blocks):
         raise InvalidArgument(f"{len(request.blocks)} blocks and {len(request.slots)} slots do not name rows")
     ids, which = in_order_of_appearance(request.blocks)
-    most = int(np.searchsorted(np.maximum.accumulate(which), min(_MAX_BLOCKS, len(ids))))
-    ids, which, slots = ids[:_MAX_BLOCKS], which[:most], request.slots[:most]
-    opened = space.open_blocks(ids.tolist())
+    opened = space.open_blocks(ids[:_MAX_BLOCKS].tolist())
     blocks = [block for block, _ in opened]
-    _refuse_cleared(ids, which, slots, [cleared for _, cleared in opened])
-    sizes = row_bytes([part for field in request.fields for part in pick(field, RowSet(blocks, which, slots))], most)
+    rows = _leading(which, _MAX_BLOCKS)
+    wanted = RowSet(blocks, which[:rows], request.slots[:rows])
+    _refuse_cleared(wanted, [cleared for _, cleared in opened])
+    found = [pick(field, wanted) for field in request.fields]
+    sizes = row_bytes([part for parts in found for part in parts], rows)
     rows = max(1, int(np.searchsorted(np.cumsum(sizes), request.max_bytes, side="right")))
-    frames_of: list[int] = []
-    frames: list[memoryview] = []
-    for number in range(int(which[:rows].max()) + 1):
-        images = _image(blocks[number], request.fields, slots[:rows][which[:rows] == number])
-        frames_of.append(len(images))
-        frames += images
-    return Fetched(rows=rows, frames_of=np.array(frames_of, np.int64), frames=tuple(frames))
+    alike = all(len(parts) == 1 for parts in found)
+    if not alike:
+        rows = min(rows, _leading(which, _MAX_IMAGES))
+    images = _images(blocks, request.fields, which[:rows], request.slots[:rows], alike)
+    return Fetched(
+        rows=rows,
+        frames_of=np.array([len(image) for image in images], np.int64),
+        frames=tuple(frame for image in images for frame in image),
+    )
+
+
+def _leading(which: Int64s, most: int) -> int:
+    """Return how many leading rows lie in the first `most` blocks."""
+    return int(np.argmax(np.append(which >= most, True)))
+
+
+def _images(
+    blocks: Sequence[Block], fields: Sequence[str], which: Int64s, slots: Int64s, alike: bool
+) -> list[list[memoryview]]:
+    if alike:
+        return [_image(fields, RowSet(blocks, which, slots))]
+    numbers = range(int(which.max()) + 1)
+    return [_image(fields, RowSet([blocks[n]], which[which == n] * 0, slots[which == n])) for n in numbers]
 
 
 def in_order_of_appearance(blocks: Int64s) -> tuple[Int64s, Int64s]:
@@ -57,29 +78,27 @@ def slots_in_images(which: Int64s) -> Int64s:
     return slots
 
 
-def _refuse_cleared(ids: Int64s, which: Int64s, slots: Int64s, cleared: Sequence[Int64s]) -> None:
+def _refuse_cleared(rows: RowSet, cleared: Sequence[Int64s]) -> None:
     for number, gone in enumerate(cleared):
-        if len(gone) and (hit := np.intersect1d(slots[which == number], gone)).size:
+        if len(gone) and (hit := np.intersect1d(rows.slots[rows.which == number], gone)).size:
+            block = rows.blocks[number].head.block_id
             raise StaleSampleError(
-                f"{hit.size} rows of block {ids[number]} are not stored any more: their samples were cleared",
-                blocks=[int(ids[number])],
+                f"{hit.size} rows of block {block} are not stored any more: their samples were cleared", blocks=[block]
             )
 
 
-def _image(block: Block, fields: Sequence[str], slots: Int64s) -> list[memoryview]:
-    """Pack rows of one block into a block image of the same id; return it in frames."""
-    rows = RowSet([block], np.zeros(len(slots), np.int64), slots)
+def _image(fields: Sequence[str], rows: RowSet) -> list[memoryview]:
+    """Pack rows into a block image with the id of the first one's block; return it in frames."""
     columns, sources = [], {}
     for field in fields:
         [source] = pick(field, rows)
         values = np.broadcast_to(np.uint8(0), source.size_bytes)  # takes no memory: only its size is looked at
         sources[id(values)] = source
         columns.append(EncodedColumn(source.spec, [values], source.offsets, source.shapes))
-    plan = plan_block(columns, len(slots))
+    plan = plan_block(columns, len(rows.slots))
     image = np.zeros(plan.size_bytes, np.uint8)
-    head = plan.header(block.head.block_id, SEALED) + plan.directory
+    head = plan.header(rows.blocks[int(rows.which[0])].head.block_id, SEALED) + plan.directory
     image[: len(head)] = np.frombuffer(head, np.uint8)
-    assert len(head) >= HEADER_BYTES
     for offset, buffer in plan.pieces:
         _place(image[offset : offset + buffer.nbytes], buffer, sources.get(id(buffer)))
     return [image[at : at + MAX_FRAME_BYTES].data for at in range(0, image.nbytes, MAX_FRAME_BYTES)]

@@ -369,3 +369,15 @@ def _held(queue: Driver) -> int:
             if not isinstance(thing, dict):
                 todo += list(thing)
     return total
+
+
+def test_a_rank_that_waits_is_answered_when_another_rank_fixes_the_batch() -> None:
+    """Its slice may be there although too few rows of all have its fields; if the terms differ it is told at once."""
+    queue = Driver()
+    done = queue.put(2, ["x"])
+    queue.put(1, ["y"], indexes=done.indexes[1:], generations=done.generations[1:])
+    assert queue.rank(1, 2, 1, group="g", fields=["x", "y"]) is None
+    assert queue.rank(1, 2, 2, group="g") is None
+    assert rows(queue.rank(0, 2, 1, group="g")) == [0]
+    assert rows(queue.answers[queue.ticket - 2]) == [1]
+    assert isinstance(queue.answers[queue.ticket - 1], InvalidArgument)

@@ -163,7 +163,6 @@ ILLEGAL: dict[str, tuple[type[TransferQueueError], str, dict[str, Any]]] = {
         r"dp_rank must lie in \[0, dp_size=2\), not 2",
         {"sampler_params": {"dp_rank": 2, "dp_size": 2}},
     ),
-    "rank alone": (InvalidArgument, "give both", {"sampler_params": {"dp_rank": 0}}),
     "size alone": (InvalidArgument, "give both", {"sampler_params": {"dp_size": 2}}),
     "size zero": (InvalidArgument, "must be positive, not 0", {"sampler_params": {"dp_rank": 0, "dp_size": 0}}),
     "rank type": (WrongType, "must be an int", {"sampler_params": {"dp_rank": "0", "dp_size": 2}}),
