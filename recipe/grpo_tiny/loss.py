@@ -89,14 +89,18 @@ def grpo_loss(
         per_token = per_token * masked(weight)
     divergence = torch.zeros_like(new) if ref is None else kl_estimate(new, masked(ref))
     per_token = masked(per_token + beta * divergence)
+    metrics = _metrics(ratio.detach(), ratio != bounded, divergence.detach(), keep)
+    return _aggregate(per_token, keep, aggregation, denom), metrics
+
+
+def _metrics(ratio: Tensor, clipped: Tensor, divergence: Tensor, keep: Tensor) -> LossMetrics:
     tokens = keep.sum().clamp(min=1)
-    metrics = LossMetrics(
-        clip_share=float(((ratio != bounded) & keep).sum() / tokens),
-        kl=float(divergence.detach().sum() / tokens),
-        mean_ratio=float((ratio.detach() * keep).sum() / tokens),
+    return LossMetrics(
+        clip_share=float((clipped & keep).sum() / tokens),
+        kl=float(divergence.sum() / tokens),
+        mean_ratio=float((ratio * keep).sum() / tokens),
         masked_share=float(1 - keep.float().mean()),
     )
-    return _aggregate(per_token, keep, aggregation, denom), metrics
 
 
 def _aggregate(per_token: Tensor, keep: Tensor, aggregation: str, denom: float | None) -> Tensor:

@@ -36,7 +36,7 @@ TOKEN = b"t" * 32
 WAIT_S = 20.0
 
 
-class Desk:
+class Recorder:
     """Answers audits with what they ask for, counts puts, lets draws and `ListUnits` wait, and notes all it is told."""
 
     def __init__(self) -> None:

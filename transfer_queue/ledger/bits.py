@@ -27,10 +27,8 @@ class OrderedBits:
         return self.total
 
     def contains(self, positions: Int64s) -> NDArray[np.bool_]:
-        inside = (positions >= 0) & (positions < len(self._bits))
-        found = np.zeros(len(positions), dtype=np.bool_)
-        found[inside] = self._bits[positions[inside]]
-        return found
+        inside: NDArray[np.bool_] = (positions >= 0) & (positions < len(self._bits))
+        return inside & self._bits.take(positions, mode="clip")
 
     def add(self, positions: Int64s) -> Int64s:
         """Add distinct positions; return those that were not members."""
@@ -47,13 +45,13 @@ class OrderedBits:
         """The first `count` members in order, or all of them."""
         if count <= 0 or self.total == 0:
             return np.empty(0, dtype=np.int64)
-        chunks = np.flatnonzero(self._counts)
+        chunks = self._counts.nonzero()[0]
         if count < self.total:
-            enough = int(np.searchsorted(np.cumsum(self._counts[chunks]), count)) + 1
+            enough = int(self._counts[chunks].cumsum().searchsorted(count)) + 1
             chunks = chunks[:enough]
-        inside = self._bits.reshape(-1, CHUNK)[chunks]
-        rows, offsets = np.nonzero(inside)
-        return (chunks[rows[:count]] * CHUNK + offsets[:count]).astype(np.int64, copy=False)
+        inside = self._bits.reshape(-1, CHUNK)[chunks].ravel()
+        found = inside.nonzero()[0][:count]
+        return chunks[found // CHUNK] * CHUNK + found % CHUNK
 
     def _flip(self, changed: Int64s, value: bool) -> Int64s:
         if len(changed) == 0:

@@ -44,7 +44,7 @@ class Lookup:
         """Everything a handle on these rows carries."""
         table = self._rows.table
         indexes = rows.tolist()
-        grouped = bool((table.group[rows] >= 0).any())
+        grouped = any(len(partition.groups) for partition in owners) and (table.group[rows] >= 0).any()
         return Drawn(
             partition_id=name,
             indexes=rows,

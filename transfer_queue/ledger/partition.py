@@ -82,7 +82,8 @@ class Partition:
         return alive[alive >= 0]
 
     def ordinals(self, rows: Int64s) -> Int64s:
-        return self._table.ordinal[rows]
+        """Ordinals of rows of this partition; anything for other numbers."""
+        return self._table.ordinal.take(rows, mode="clip")
 
     def rows_at(self, ordinals: Int64s) -> Int64s:
         return self.indexes[ordinals - self.base]
@@ -90,7 +91,7 @@ class Partition:
     def owns(self, rows: Int64s) -> NDArray[np.bool_]:
         """[n] bool: the slot exists and holds a row of this partition."""
         inside = (rows >= 0) & (rows < self._table.capacity)
-        own: NDArray[np.bool_] = inside & (self._table.partition[np.where(inside, rows, 0)] == self.number)
+        own: NDArray[np.bool_] = inside & (self._table.partition.take(rows, mode="clip") == self.number)
         return own
 
     def group_numbers(self, positions: Int64s) -> Int64s:

@@ -38,9 +38,7 @@ class ReadySet:
 
     def holds(self, rows: Int64s) -> NDArray[np.bool_]:
         """[n] bool: the row is ready, and of this partition."""
-        found = self.partition.owns(rows)
-        found[found] = self._bits.contains(self.partition.ordinals(rows[found]) - self.partition.base)
-        return found
+        return self.partition.owns(rows) & self._bits.contains(self.partition.ordinals(rows) - self.partition.base)
 
     def first(self, count: int) -> Int64s:
         """Global indexes of the first `count` ready rows in allocation order, or of all."""
