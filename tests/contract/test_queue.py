@@ -45,6 +45,16 @@ def test_what_was_put_comes_back(queue: Any, partition: str) -> None:
     assert got["text"].tolist() == ["a", "", "ccc", "ü"]
 
 
+def test_tensors_of_inference_mode(queue: Any, partition: str) -> None:
+    """What a worker made under `inference_mode` is stored, and what is read back may need gradients."""
+    with torch.inference_mode():
+        data = {"dense": torch.rand(2, 3), "ragged": jagged(3, 2, dtype=torch.float32)}
+    meta = queue.put(data, partition_id=partition)
+    got = queue.get_data(meta)
+    assert torch.equal(got["dense"], data["dense"]) and len(got["ragged"].unbind()[0]) == 3
+    got["dense"].requires_grad_().sum().backward()
+
+
 def test_fields_by_several_producers(queue: Any, partition: str) -> None:
     """Rows become ready for a task when their last field is put, and only those rows."""
     meta = queue.put({"prompt": torch.arange(6)}, partition_id=partition)

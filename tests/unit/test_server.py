@@ -233,7 +233,9 @@ def test_frames_that_make_no_sense_are_dropped_and_counted(server: Server, clien
     assert server.malformed >= 6
 
 
-@pytest.mark.parametrize("message", [Done(), ErrorReply(name="x", message="y", details={})], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "message", [Done(), ErrorReply(name="x", message="y", details={})], ids=lambda m: type(m).__name__
+)
 def test_a_reply_is_no_request(handler: Recorder, client: BareClient, message: Request) -> None:
     """A server never hands its handler what is not a request."""
     assert client.ask(message, 3).name == "ProtocolMismatch"
@@ -295,7 +297,9 @@ def test_a_repeated_request_is_done_once(handler: Recorder, client: BareClient) 
     assert client.ask(put(), 6).indexes.tolist() == [2]
 
 
-def test_an_answer_follows_the_client_to_its_new_connection(handler: Recorder, address: str, client: BareClient) -> None:
+def test_an_answer_follows_the_client_to_its_new_connection(
+    handler: Recorder, address: str, client: BareClient
+) -> None:
     """A request that waits and is sent again over another connection is answered there, once."""
     client.send(draw(), 1)
     handler.wait_for(lambda: handler.tickets)
@@ -307,7 +311,9 @@ def test_an_answer_follows_the_client_to_its_new_connection(handler: Recorder, a
     assert (number, reply.indexes.tolist(), len(handler.tickets)) == (1, [3], 1)
 
 
-def test_the_same_number_of_another_client_is_another_request(handler: Recorder, address: str, client: BareClient) -> None:
+def test_the_same_number_of_another_client_is_another_request(
+    handler: Recorder, address: str, client: BareClient
+) -> None:
     """Request ids belong to a client id."""
     client.ask(put(), 1)
     with BareClient(address, "other/1") as other:

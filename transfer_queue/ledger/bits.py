@@ -57,11 +57,9 @@ class OrderedBits:
         if len(changed) == 0:
             return changed
         self._bits[changed] = value
-        low = int(changed.min()) // CHUNK
-        per_chunk = np.bincount(changed // CHUNK - low)
-        step = per_chunk if value else -per_chunk
-        self._counts[low : low + len(per_chunk)] += step.astype(np.int32)
-        self.total += len(changed) if value else -len(changed)
+        step = 1 if value else -1
+        np.add.at(self._counts, changed // CHUNK, step)
+        self.total += step * len(changed)
         return changed
 
     def _grow(self, length: int) -> None:

@@ -232,6 +232,8 @@ def ready_key(task: str, fields: tuple[str, ...]) -> tuple[str, tuple[str, ...]]
 
 def merged_spec(known: ColumnSpec, new: ColumnSpec) -> ColumnSpec:
     """One description of a field for rows that came by several puts."""
+    if (known.layout, known.dtype, known.shape) == (new.layout, new.dtype, new.shape):
+        return known
     same: dict[str, Any] = {"layout": new.layout, "dtype": new.dtype, "shape": new.shape}
     if known.layout != new.layout or known.shape != new.shape:
         tensors = known.dtype is not None and new.dtype is not None

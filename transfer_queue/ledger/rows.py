@@ -151,13 +151,13 @@ class Rows:
         """Point cells at slots of a block; `blocks.commit` counts them."""
         for spec in columns:
             column = self.table.column(spec.name)
-            had = column.ready[rows].view(np.bool_)
-            if had.any():
-                self.blocks.overwrite(column.block[rows[had]])
+            again = rows[column.ready[rows] == 1]
+            if len(again):
+                self.blocks.overwrite(column.block[again])
             column.ready[rows] = 1
             column.block[rows] = block
             column.slot[rows] = slots
-            partition.add_column(spec, int(len(rows) - had.sum()), who.now, who.client)
+            partition.add_column(spec, len(rows) - len(again), who.now, who.client)
 
     # ------------------------------------------------------------ removal
 
