@@ -96,7 +96,7 @@ class BareClient:
     """A connection that sends the frames it is told to."""
 
     def __init__(self, address: str, client_id: str = "bare/1", token: bytes = TOKEN) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVTIMEO, int(1000 * WAIT_S))
         self.socket.connect(address)

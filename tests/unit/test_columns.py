@@ -130,6 +130,29 @@ def test_tensors_are_stored_as_the_values_they_show(make: Any) -> None:
     assert (shown.stride(), shown.requires_grad, shown._version) == before
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_tensors_of_inference_mode_are_stored(inside: bool) -> None:
+    """What was made in inference mode can be put inside and outside of it, dense, ragged and as rows."""
+    with torch.inference_mode():
+        data = {"x": torch.rand(2, 3), "j": jagged([torch.rand(2), torch.rand(4)]), "l": [torch.rand(2), torch.rand(1)]}
+        transposed = {"x": data["x"].t(), "j": torch.ones(3), "l": [torch.tensor(1)] * 3}
+    with torch.inference_mode(inside):
+        found = read_back(data)
+        same(found["x"], data["x"])
+        same_rows(found["j"], list(data["j"].unbind(0)))
+        same_rows(found["l"], data["l"])
+        same(read_back(transposed)["x"], transposed["x"].contiguous())
+
+
+def test_gradients_are_left_behind() -> None:
+    """A ragged tensor with history is stored by value and keeps its history."""
+    leaf = torch.rand(5, requires_grad=True)
+    tensor = torch.nested.nested_tensor_from_jagged(leaf * 2, torch.tensor([0, 2, 5]))
+    found = read_back({"x": tensor, "rows": list(tensor.unbind(0))})
+    assert torch.equal(found["x"].values(), leaf.detach() * 2) and not found["x"].requires_grad
+    assert tensor.requires_grad and torch.equal(found["rows"].values(), leaf.detach() * 2)
+
+
 def test_contiguous_tensors_are_not_copied() -> None:
     """Encoding looks at the caller's memory."""
     tensor = torch.zeros(4, 8)

@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -22,6 +22,12 @@ from hypothesis.extra import numpy as npst
 
 from transfer_queue.errors import DecodeError, EncodeError
 from transfer_queue.wire.values import MAX_DEPTH, PICKLE, pack_value, unpack_value
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
 
 TORCH_DTYPES = sorted(
     {
@@ -38,7 +44,7 @@ def same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and left.shape == right.shape and raw(left) == raw(right)
+        return bool(left.dtype == right.dtype and left.shape == right.shape) and raw(left) == raw(right)
     if isinstance(left, np.ndarray):
         if left.dtype != right.dtype or left.shape != right.shape:
             return False
@@ -195,7 +201,7 @@ def test_decoded_arrays_belong_to_the_caller() -> None:
         object(),
         datetime.date(2020, 1, 1),
         collections.OrderedDict(a=1),
-        collections.namedtuple("Point", "x y")(1, 2),
+        Point(1, 2),
         np.ma.array([1]),
         torch.zeros(2).to_sparse(),
         torch.zeros(2, device="meta"),

@@ -27,7 +27,6 @@ LAYOUTS = ("as_put", "jagged", "dense")
 _Encoded = tuple[int, EncodedColumn]
 
 
-@torch.inference_mode()  # the parts of nested tensors made in that mode can only be read in it
 def encode(data: Any, *, allow_pickle: bool = False) -> tuple[int, list[EncodedColumn]]:
     """Return (number of rows, columns) of a `TensorDict` or a mapping of field names to columns.
 

@@ -23,7 +23,7 @@ _EMPTY = np.empty(0, np.uint8)
 def encode_tensor(name: str, tensor: torch.Tensor) -> tuple[int, EncodedColumn]:
     """Rows are the first dimension; nested tensors keep their ragged rows."""
     if tensor.is_nested:
-        return _encode_nested(name, tensor.detach())
+        return _encode_nested(name, tensor)
     if tensor.dim() == 0:
         raise InvalidArgument(f"field {name!r} is a single value, not one entry per row")
     plain = _plain(name, tensor)
@@ -92,7 +92,7 @@ def _encode_nested(name: str, tensor: torch.Tensor) -> tuple[int, EncodedColumn]
 
 
 def _encode_jagged(name: str, values: torch.Tensor, offsets: torch.Tensor) -> tuple[int, EncodedColumn]:
-    cuts: Int64s = offsets.detach().cpu().numpy().astype(np.int64, copy=False)
+    cuts: Int64s = offsets.cpu().numpy().astype(np.int64, copy=False)
     plain = _plain(name, values[int(cuts[0]) : int(cuts[-1])])
     spec = ColumnSpec(name=name, layout="ragged", dtype=_dtype_name(name, plain), shape=tuple(plain.shape[1:]))
     return len(cuts) - 1, EncodedColumn(spec, [_bytes_of(plain)], cuts - cuts[0])
@@ -122,7 +122,8 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device.type}"
         raise EncodeError(f"field {name!r} is a {kind} tensor; convert it to a dense one before storing it")
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    shown = tensor.detach() if tensor.requires_grad else tensor  # tensors of inference mode cannot be detached
+    return shown.cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def _bytes_of(tensor: torch.Tensor) -> Bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,8 +234,7 @@ def merged_spec(known: ColumnSpec, new: ColumnSpec) -> ColumnSpec:
     """One description of a field for rows that came by several puts."""
     if (known.layout, known.dtype, known.shape) == (new.layout, new.dtype, new.shape):
         return known
-    same: dict[str, Any] = {"layout": new.layout, "dtype": new.dtype, "shape": new.shape}
-    if known.layout != new.layout or known.shape != new.shape:
-        tensors = known.dtype is not None and new.dtype is not None
-        same = {"layout": "shaped" if tensors else "object", "dtype": new.dtype if tensors else None, "shape": None}
-    return ColumnSpec(name=new.name, **same)
+    tensors = known.dtype is not None and known.dtype == new.dtype
+    return ColumnSpec(
+        name=new.name, layout="shaped" if tensors else "object", dtype=new.dtype if tensors else None, shape=None
+    )

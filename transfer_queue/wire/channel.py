@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from transfer_queue.wire.codec import encode_message
 from transfer_queue.wire.link import Link
 from transfer_queue.wire.pool import LoopLink, Pool
 from transfer_queue.wire.ports import choose_address
-from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED
+from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, SUFFIX_BYTES, name_on_wire
 from transfer_queue.wire.security import MAX_CLIENT_ID_BYTES
 from transfer_queue.wire.ticket import Answer
 
@@ -30,8 +29,7 @@ __all__ = ["Peer", "SocketPending", "choose_address"]
 
 GRACE_S = 5.0  # for the way there and back, beyond what the request itself may wait
 NOTIFY_S = 2.0
-
-_SUFFIX_BYTES = 6
+INTRODUCTION_S = 0.2
 
 
 class Peer:
@@ -54,7 +52,7 @@ class Peer:
         transport: str = "auto",
         grace_s: float = GRACE_S,
     ) -> None:
-        if len(client_id.encode()) > MAX_CLIENT_ID_BYTES - 2 * _SUFFIX_BYTES - 1:
+        if len(client_id.encode()) > MAX_CLIENT_ID_BYTES - 2 * SUFFIX_BYTES - 1:
             raise InvalidArgument(f"the client id has {len(client_id)} characters: choose a shorter one")
         self.address = choose_address(local_address, folder, nonce, address, transport)
         self.client_id = client_id
@@ -85,6 +83,8 @@ class Peer:
             raise
         pending = SocketPending(self, pool, link, number, request)
         link.post(number, frames, pending.resolve)
+        if not link.introduced:
+            pending.wait_for_introduction()
         return pending
 
     async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:
@@ -139,18 +139,14 @@ class Peer:
 
     def open_link(self, bell_fd: int, on_push: Callable[[Any], None], on_welcome: Callable[[], None]) -> Link:
         """Return a link apart, for one who listens to what the server pushes; see `Link`. The caller closes it."""
-        name = self._new_name()
+        name = name_on_wire(self.client_id)
         return Link(self.address, self._token, name, bell_fd=bell_fd, on_push=on_push, on_welcome=on_welcome)
 
     # ------------------------------------------------------------ inside
 
     def _new_pool(self) -> Pool:
-        name = self._new_name()
+        name = name_on_wire(self.client_id)
         return Pool(lambda bell_fd: Link(self.address, self._token, name, bell_fd=bell_fd))
-
-    def _new_name(self) -> str:
-        """Return a client id that no other process, nor this one after a fork, has ever had."""
-        return f"{self.client_id}/{secrets.token_hex(_SUFFIX_BYTES)}"
 
     def _pool_now(self) -> Pool:
         """Return the pool of this process. That of the parent is left alone: its locks may be held for ever here."""
@@ -181,6 +177,16 @@ class SocketPending:
 
     def resolve(self, outcome: Answer) -> None:
         self._outcome = outcome
+
+    def wait_for_introduction(self) -> None:
+        """Wait until the request is on its way, if the server is there; then several may wait for it at once."""
+        deadline = time.monotonic() + INTRODUCTION_S
+        try:
+            while not self.link.introduced and not self._pool.closed and (left_s := deadline - time.monotonic()) > 0:
+                self.link.wait(left_s)
+        except BaseException:
+            self.cancel()
+            raise
 
     def result(self, timeout_s: float) -> Reply:
         """Wait for the reply. `timeout_s` is what the request itself may wait for; the way gets 5 s more.
@@ -230,7 +236,7 @@ def _encode(pool: Pool, request: Request, again: int | None) -> tuple[int, list[
 
 
 def _resolve(answer: asyncio.Future[Answer], outcome: Answer) -> None:
-    if not answer.done():
+    if not answer.done() and not answer.get_loop().is_closed():
         answer.set_result(outcome)
 
 

@@ -77,6 +77,11 @@ class Link:
         return bool(self._waiting or self._unsent)
 
     @property
+    def introduced(self) -> bool:
+        """The server knows us, so what is posted goes out at once; or it never will."""
+        return self._introduction.welcomed or self.failure is not None
+
+    @property
     def unsent(self) -> bool:
         """One-way messages wait for the introduction."""
         return bool(self._unsent)

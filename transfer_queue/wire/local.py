@@ -7,18 +7,20 @@ import contextlib
 import functools
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 from transfer_queue.errors import ConnectionLost, from_wire, to_wire
 from transfer_queue.messages import ErrorReply, Reply, Request
-from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, RequestIds
+from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, RequestIds, name_on_wire
 from transfer_queue.wire.ticket import Answer, Handler, Ticket, guarded
 
 GRACE_S = 5.0
 
 _MOST_OPEN = 256
+_SLICE_S = 1.0  # an interrupt that comes just before a lock is waited for is noticed only then
 
 
 class LocalPeer:
@@ -38,6 +40,7 @@ class LocalPeer:
         grace_s: float = GRACE_S,
     ) -> None:
         self.client_id = client_id
+        self.name = name_on_wire(client_id)
         self._handler = handler
         self._channel: Hashable = on_push
         self._on_wait = on_wait
@@ -71,23 +74,25 @@ class LocalPeer:
     async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:
         """Run a request and await its reply; raises as `LocalPending.result` does."""
         pending = self.begin(request, request_id=request_id)
-        loop = asyncio.get_running_loop()
-        done = asyncio.Event()
-        pending.when_done(functools.partial(_call_soon, loop, done.set))
-        try:
-            if not pending.done:
-                await asyncio.wait_for(done.wait(), timeout_s + self.grace_s)
-        except asyncio.TimeoutError:
-            pass
-        except BaseException:
-            pending.cancel()
-            raise
-        return pending.conclude(timeout_s + self.grace_s)
+        patience_s = timeout_s + self.grace_s
+        if not pending.done:
+            loop = asyncio.get_running_loop()
+            over: asyncio.Future[None] = loop.create_future()
+            pending.when_done(functools.partial(_call_soon, loop, _finish, over))
+            timer = loop.call_later(patience_s, _finish, over)
+            try:
+                await over
+            except BaseException:
+                pending.cancel()
+                raise
+            finally:
+                timer.cancel()
+        return pending.conclude(patience_s)
 
     def notify(self, request: Request) -> None:
         """Run a one-way message, unless this peer is closed."""
         if not self._closed and os.getpid() == self._pid:
-            self._submit(request, Ticket(self.client_id, 0, self._channel, request, lambda ticket, answer: None))
+            self._submit(request, Ticket(self.name, 0, self._channel, request, lambda ticket, answer: None))
 
     def close(self) -> None:
         """End calls under way with `ConnectionLost`. May be called twice. The handler is not touched otherwise."""
@@ -130,7 +135,7 @@ class LocalPending:
 
     def __init__(self, peer: LocalPeer, channel: Hashable, request_id: int, request: Request) -> None:
         self.request_id = request_id
-        self.ticket = Ticket(peer.client_id, request_id, channel, request, self._deliver)
+        self.ticket = Ticket(peer.name, request_id, channel, request, self._deliver)
         self._peer = peer
         self._answer: Answer | None = None
         self._given_up = False
@@ -150,9 +155,10 @@ class LocalPending:
     def result(self, timeout_s: float) -> Reply:
         """Wait for the reply, 5 s longer than the request itself may wait. Raises as `SocketPending.result` does."""
         patience_s = timeout_s + self._peer.grace_s
+        deadline = time.monotonic() + patience_s
         try:
-            if not self.done:
-                self._gate.acquire(timeout=min(patience_s, threading.TIMEOUT_MAX))
+            while not self.done and (left_s := deadline - time.monotonic()) > 0:
+                self._gate.acquire(timeout=min(left_s, _SLICE_S))
         except BaseException:
             self.cancel()
             raise
@@ -184,8 +190,10 @@ class LocalPending:
         self._peer.finished(self)
 
     def when_done(self, callback: Callable[[], None]) -> None:
-        """Call back, once, from any thread; not if it is done already."""
+        """Call back when it is done, from any thread, maybe more than once; at once if it is done already."""
         self._callback = callback
+        if self.done:
+            callback()
 
     def give_up(self) -> None:
         """Nobody answers any more: the peer was closed."""
@@ -207,6 +215,11 @@ class LocalPending:
         return ConnectionLost(f"{type(self.ticket.request).__name__}: {reason}", request_id=self.request_id)
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+def _finish(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits in it
-        loop.call_soon_threadsafe(function)
+        loop.call_soon_threadsafe(function, *args)

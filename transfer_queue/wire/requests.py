@@ -33,6 +33,11 @@ GIVEN_BACK = (Draw, Reserve, Pin)  # an answer that nobody gets is taken back, s
 REMEMBERED = (*GIVEN_BACK, Put, SetTags, Clear, ResetConsumption, SealGroup, AbortGroup, RegisterSampler)
 
 
+def name_on_wire(client_id: str) -> str:
+    """Return a client id that no other peer, process or child of a fork has ever had, because request ids belong to it."""
+    return f"{client_id}/{secrets.token_hex(SUFFIX_BYTES)}"
+
+
 class RequestIds:
     """The numbers of one client's requests. They start anywhere and go up; thread safe."""
 
@@ -64,6 +69,8 @@ class RequestIds:
             if len(self._unresolved) > self._open_outcomes:
                 self._unanswered.pop(self._unresolved.popitem(last=False)[0], None)
 
+
+SUFFIX_BYTES = 6
 
 _IDLE_S = 600.0
 

@@ -1,0 +1,134 @@
+"""What the machine can do at best: copies, pages, plain ZeroMQ. Measured in the run whose figures they stand beside.
+
+Nothing of the queue is used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import zmq
+
+from benchmarks.figures import Report
+from benchmarks.scale import Scale
+
+CASE = "floor"
+MEMCPY = "memcpy, warm pages"
+IPC_ROUND_TRIP = "ZeroMQ round trip, ipc"
+
+_ROW_BYTES = 32 << 10
+_PATIENCE_MS = 30_000
+
+
+def measure(report: Report, scale: Scale) -> None:
+    """Add every floor to the report."""
+    _measure_memory(report, scale)
+    _measure_shared_memory(report, scale)
+    with _echo() as (context, addresses):
+        for transport, address in addresses.items():
+            _measure_sockets(report, scale, context, transport, address)
+
+
+def _repeat(report: Report, scale: Scale, measure: str, size_bytes: int, step: Callable[[], object]) -> None:
+    series = report.series(CASE, measure, size_bytes=size_bytes, skip=scale.warm_up)
+    for _ in range(scale.warm_up + scale.rounds):
+        begin = time.perf_counter()
+        step()
+        series.add(time.perf_counter() - begin)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _measure_memory(report: Report, scale: Scale) -> None:
+    source = np.ones(scale.floor_bytes // _ROW_BYTES * _ROW_BYTES, np.uint8).reshape(-1, _ROW_BYTES)
+    out = np.ones_like(source)
+    order = np.random.default_rng(0).permutation(len(source))
+    words = source.reshape(-1).view(np.int64)
+    size = source.nbytes
+    _repeat(report, scale, MEMCPY, size, lambda: np.copyto(out, source))
+    _repeat(report, scale, "read all, xor of the words", size, lambda: np.bitwise_xor.reduce(words))
+    take = "gather of random 32 KiB rows"
+    _repeat(report, scale, f"{take}, reused buffer", size, lambda: np.take(source, order, axis=0, out=out, mode="clip"))
+    _repeat(report, scale, f"{take}, fresh buffer", size, lambda: np.take(source, order, axis=0, mode="clip"))
+
+
+def _measure_shared_memory(report: Report, scale: Scale) -> None:
+    source = np.ones(scale.floor_bytes, np.uint8)
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        os.posix_fallocate(file.fileno(), 0, source.nbytes)
+
+        def write() -> None:
+            with mmap.mmap(file.fileno(), source.nbytes) as memory:
+                np.frombuffer(memory, np.uint8)[:] = source
+
+        def write_fresh() -> None:
+            os.ftruncate(file.fileno(), 0)
+            os.ftruncate(file.fileno(), source.nbytes)
+            write()
+
+        _repeat(report, scale, "write to /dev/shm, fresh pages", source.nbytes, write_fresh)
+        _repeat(report, scale, "write to /dev/shm, warm pages", source.nbytes, write)
+
+
+# ---------------------------------------------------------------- sockets
+
+
+@contextlib.contextmanager
+def _echo() -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], dict[str, str]]]:
+    """Another process that answers each message with an empty one, and its addresses."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    spawning = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="tq-benchmark-") as folder:
+        ours, theirs = spawning.Pipe()
+        process = spawning.Process(target=_answer, args=(f"ipc://{Path(folder) / 'echo'}", theirs), daemon=True)
+        process.start()
+        try:
+            theirs.close()
+            yield context, ours.recv()
+        finally:
+            process.terminate()
+            process.join()
+            ours.close()
+            context.destroy(linger=0)
+
+
+def _answer(ipc: str, pipe: multiprocessing.connection.Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    socket = zmq.Context().socket(zmq.REP)
+    socket.bind(ipc)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    pipe.send({"ipc": ipc, "tcp": f"tcp://127.0.0.1:{port}"})
+    while True:
+        socket.recv(copy=False)
+        socket.send(b"")
+
+
+def _measure_sockets(
+    report: Report, scale: Scale, context: zmq.Context[zmq.Socket[bytes]], transport: str, address: str
+) -> None:
+    with context.socket(zmq.REQ) as socket:
+        socket.setsockopt(zmq.RCVTIMEO, _PATIENCE_MS)
+        socket.connect(address)
+
+        def round_trip(message: bytes) -> None:
+            socket.send(message, copy=False)
+            socket.recv()
+
+        small, large = bytes(64), bytes(scale.frame_bytes)
+        frame = f"ZeroMQ frame of {scale.frame_bytes >> 20} MiB, {transport}"
+        _repeat(report, scale, frame, len(large), lambda: round_trip(large))
+        series = report.series(CASE, f"ZeroMQ round trip, {transport}", skip=scale.calls // 10)
+        for _ in range(scale.calls + series.skip):
+            begin = time.perf_counter()
+            round_trip(small)
+            series.add(time.perf_counter() - begin)
