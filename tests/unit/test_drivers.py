@@ -6,7 +6,9 @@ import asyncio
 import inspect
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -207,14 +209,21 @@ async def test_a_cancelled_operation_cleans_up(handler: Recorder, peer: AnyPeer,
     await asyncio.to_thread(handler.wait_for, lambda: len(handler.lost_replies) == calls and notified(handler) == [99])
 
 
+def functions_under_way(thread: int) -> list[str]:
+    return [frame.name for frame in traceback.extract_stack(sys._current_frames()[thread])]
+
+
 @pytest.mark.parametrize("calls", [1, 3])
 def test_an_interrupted_operation_cleans_up(handler: Recorder, peer: AnyPeer, calls: int) -> None:
     """Ctrl-C in a blocking operation does the same."""
 
     def interrupt() -> None:
         handler.wait_for(lambda: len(handler.tickets) == calls)
+        while "result" not in functions_under_way(main):
+            os.sched_yield()
         os.kill(os.getpid(), signal.SIGINT)
 
+    main = threading.get_ident()
     interrupting = threading.Thread(target=interrupt)
     interrupting.start()
     with pytest.raises(KeyboardInterrupt):

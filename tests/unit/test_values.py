@@ -44,7 +44,7 @@ def same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, torch.Tensor):
-        return bool(left.dtype == right.dtype and left.shape == right.shape) and raw(left) == raw(right)
+        return (left.dtype, left.shape, raw(left)) == (right.dtype, right.shape, raw(right))
     if isinstance(left, np.ndarray):
         if left.dtype != right.dtype or left.shape != right.shape:
             return False

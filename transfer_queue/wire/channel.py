@@ -82,9 +82,7 @@ class Peer:
             pool.ids.answered(number)
             raise
         pending = SocketPending(self, pool, link, number, request)
-        link.post(number, frames, pending.resolve)
-        if not link.introduced:
-            pending.wait_for_introduction()
+        pending.send(frames)
         return pending
 
     async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:
@@ -178,10 +176,11 @@ class SocketPending:
     def resolve(self, outcome: Answer) -> None:
         self._outcome = outcome
 
-    def wait_for_introduction(self) -> None:
-        """Wait until the request is on its way, if the server is there; then several may wait for it at once."""
+    def send(self, frames: list[Any]) -> None:
+        """Send the request. On a new link, wait for the introduction, so that several requests are under way at once."""
         deadline = time.monotonic() + INTRODUCTION_S
         try:
+            self.link.post(self.request_id, frames, self.resolve)
             while not self.link.introduced and not self._pool.closed and (left_s := deadline - time.monotonic()) > 0:
                 self.link.wait(left_s)
         except BaseException:

@@ -65,10 +65,14 @@ class LocalPeer:
             number, _ = self._ids.take(request_id)
             pending = again or LocalPending(self, self._channel, number, request)
             self._under_way.add(pending)
-        if again is None:
-            self._submit(request, pending.ticket)
-        if not pending.done:
-            self._on_wait()
+        try:
+            if again is None:
+                self._submit(request, pending.ticket)
+            if not pending.done:
+                self._on_wait()
+        except BaseException:  # interrupted
+            pending.cancel()
+            raise
         return pending
 
     async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:

@@ -34,7 +34,7 @@ REMEMBERED = (*GIVEN_BACK, Put, SetTags, Clear, ResetConsumption, SealGroup, Abo
 
 
 def name_on_wire(client_id: str) -> str:
-    """Return a client id that no other peer, process or child of a fork has ever had, because request ids belong to it."""
+    """Return a client id that no other peer, process or forked child has ever had: request ids belong to it."""
     return f"{client_id}/{secrets.token_hex(SUFFIX_BYTES)}"
 
 
