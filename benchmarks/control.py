@@ -124,13 +124,13 @@ def _measure_draws(report: Report, scale: Scale, writer: Stage, reader: Stage) -
             added = min(_FILL_ROWS, rows - present)
             writer.call("fill", "draws", added)
             present += added
-        series = report.series(f"get_meta({BATCH})", f"of {_count(rows)} samples", skip=skip, against=against)
+        series = report.series(f"get_meta({BATCH})", f"{_count(rows)} samples", skip=skip, against=against)
         series.add(*reader.call("draw", "draws", rows, scale.calls + skip))
         against = report.find(*_smallest(scale))
 
 
 def _smallest(scale: Scale) -> tuple[str, str]:
-    return f"get_meta({BATCH})", f"of {_count(scale.partition_rows[0])} samples"
+    return f"get_meta({BATCH})", f"{_count(scale.partition_rows[0])} samples"
 
 
 def _measure_wake_ups(report: Report, scale: Scale, writer: Stage, reader: Stage) -> None:

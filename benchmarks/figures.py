@@ -124,8 +124,8 @@ class Report:
 def _cells(record: dict[str, Any]) -> tuple[str, ...]:
     compared = ""
     if record["ratio"] is not None:
-        share = f"{100 * record['ratio']:.0f} %" if record["gb_per_s"] is not None else f"{record['ratio']:.2f} ×"
-        compared = f"{share} of {record['against']['measure']}"
+        share = f"{100 * record['ratio']:.3g} % of" if record["gb_per_s"] is not None else f"{record['ratio']:.2f} ×"
+        compared = f"{share} {record['against']['measure']}"
     return (
         record["case"],
         record["measure"],

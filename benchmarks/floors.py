@@ -64,20 +64,26 @@ def _measure_memory(report: Report, scale: Scale) -> None:
 
 def _measure_shared_memory(report: Report, scale: Scale) -> None:
     source = np.ones(scale.floor_bytes, np.uint8)
+    size = source.nbytes
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
-        os.posix_fallocate(file.fileno(), 0, source.nbytes)
+        os.posix_fallocate(file.fileno(), 0, size)
 
-        def write() -> None:
-            with mmap.mmap(file.fileno(), source.nbytes) as memory:
-                np.frombuffer(memory, np.uint8)[:] = source
+        def write(memory: mmap.mmap) -> None:
+            np.frombuffer(memory, np.uint8)[:] = source
 
-        def write_fresh() -> None:
+        def write_by_fresh_map() -> None:
+            with mmap.mmap(file.fileno(), size) as memory:
+                write(memory)
+
+        def write_fresh_pages() -> None:
             os.ftruncate(file.fileno(), 0)
-            os.ftruncate(file.fileno(), source.nbytes)
-            write()
+            os.ftruncate(file.fileno(), size)
+            write_by_fresh_map()
 
-        _repeat(report, scale, "write to /dev/shm, fresh pages", source.nbytes, write_fresh)
-        _repeat(report, scale, "write to /dev/shm, warm pages", source.nbytes, write)
+        _repeat(report, scale, "write to /dev/shm, fresh pages", size, write_fresh_pages)
+        _repeat(report, scale, "write to /dev/shm, warm pages, fresh map", size, write_by_fresh_map)
+        with mmap.mmap(file.fileno(), size) as memory:
+            _repeat(report, scale, "write to /dev/shm, warm pages, kept map", size, lambda: write(memory))
 
 
 # ---------------------------------------------------------------- sockets

@@ -11,6 +11,7 @@ embedded    this process                  one thread each
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -138,7 +139,7 @@ class RayPlacement(Placement):
                 num_cpus=max(2, os.cpu_count() or 1),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level="warning",
+                logging_level=logging.WARNING,
             )
             self._ending.callback(ray.shutdown)
         self._namespace = f"benchmarks-{os.getpid()}"
@@ -148,7 +149,7 @@ class RayPlacement(Placement):
     def stage(self, kind: StageType) -> Stage:
         import ray
 
-        actor = ray.remote(num_cpus=0)(_StageActor).remote(kind, self._namespace)
+        actor: Any = ray.remote(num_cpus=0)(_StageActor).remote(kind, self._namespace)
         self._ending.callback(ray.kill, actor)
         return _RayStage(actor)
 

@@ -54,10 +54,10 @@ class Answer:
 class Unit:
     """A unit of its own, asked as a client asks."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, number: int = 3, **options: Any) -> None:
         self.now = 100.0
         self.service = UnitService(folder, clock=lambda: self.now, **options)
-        self.service.number = 3
+        self.service.number = number
 
     def begin(self, request: Any) -> Answer:
         answer = Answer(request)

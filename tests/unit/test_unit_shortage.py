@@ -179,3 +179,13 @@ def test_done_counts_the_bytes_written(unit: Unit) -> None:
     """A write is answered with what it copied."""
     span = unit.reserve(64)
     assert isinstance(unit.ask(Write(span=span.span, offset=0, frames=(b"abc",))), Done)
+
+
+def test_writers_wait_until_the_unit_knows_its_number(folder: Path) -> None:
+    """Before the controller has numbered the unit, nothing that it lends could be named."""
+    unit = Unit(folder, number=0, capacity_bytes=64 * MIB, arena_bytes=4 * MIB)
+    early = unit.begin(Reserve(size_bytes=100, holder=process_id(), timeout_s=5.0))
+    assert early.replies == []
+    unit.service.number = 7
+    assert early.result().first_block >> 48 == 7
+    unit.service.close()

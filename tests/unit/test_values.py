@@ -44,7 +44,7 @@ def same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, torch.Tensor):
-        return (left.dtype, left.shape, raw(left)) == (right.dtype, right.shape, raw(right))
+        return raw(left) == raw(right) and (left.dtype, left.shape) == (right.dtype, right.shape)
     if isinstance(left, np.ndarray):
         if left.dtype != right.dtype or left.shape != right.shape:
             return False

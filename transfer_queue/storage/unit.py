@@ -56,7 +56,7 @@ class _Waiting:
 
 
 class UnitService:
-    """Serves `UnitRequest` and `FreeBlocks`. Thread-safe; may be used before its `number` is known.
+    """Serves `UnitRequest` and `FreeBlocks`. Thread-safe; may serve before its `number` is known.
 
     capacity_bytes  of all arenas together; None: half of what the file system of `folder` has free now
     settle          given the blocks of dead writers, returns 0/1 for each: was it committed? None: keep them
@@ -104,13 +104,16 @@ class UnitService:
 
     @property
     def number(self) -> int:
-        """The number that the controller gave this unit; part of every block id from then on."""
+        """The number that the controller gave this unit, part of every block id. Until it is set (0), writers wait."""
         return self._space.number
 
     @number.setter
     def number(self, number: int) -> None:
         with self._lock:
             self._space.number = number
+            answers = self._serve_waiting()
+        for waiting, reserved in answers:
+            waiting.ticket.answer(reserved)
 
     @property
     def capacity_bytes(self) -> int:
@@ -206,11 +209,12 @@ class UnitService:
             raise ConnectionLost("the storage unit is closed")
         if aligned(request.size_bytes) > self._arenas.capacity_bytes:
             raise self._no_space(request)
-        reserved = self._space.reserve(request.size_bytes, request.holder)
-        self._grow_if_low()
-        if reserved is not None:
-            return reserved
-        self._grow_for(request.size_bytes)
+        if self.number:
+            reserved = self._space.reserve(request.size_bytes, request.holder)
+            self._grow_if_low()
+            if reserved is not None:
+                return reserved
+            self._grow_for(request.size_bytes)
         if request.timeout_s <= 0:
             raise self._no_space(request)
         self._waiting.append(_Waiting(request, ticket, self._clock() + request.timeout_s))
@@ -226,6 +230,8 @@ class UnitService:
 
     def _serve_waiting(self) -> list[tuple[_Waiting, Reserved]]:
         """Try every parked reservation, in order; one that finds no space does not stand in the way of the next."""
+        if not self.number:
+            return []
         served, still = [], []
         for waiting in self._waiting:
             reserved = self._space.reserve(waiting.request.size_bytes, waiting.request.holder)

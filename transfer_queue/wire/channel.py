@@ -177,7 +177,7 @@ class SocketPending:
         self._outcome = outcome
 
     def send(self, frames: list[Any]) -> None:
-        """Send the request. On a new link, wait for the introduction, so that several requests are under way at once."""
+        """Send the request. A new link waits for its introduction first, so that several are under way at once."""
         deadline = time.monotonic() + INTRODUCTION_S
         try:
             self.link.post(self.request_id, frames, self.resolve)

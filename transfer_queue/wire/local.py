@@ -184,7 +184,9 @@ class LocalPending:
         return answer
 
     def cancel(self) -> None:
-        """Withdraw the request; if it was answered meanwhile, the answer is taken back."""
+        """Withdraw the request, once; if it was answered meanwhile, the answer is taken back."""
+        if self.ticket.abandoned:
+            return
         self.ticket.abandoned = True
         if self._answer is None:
             self._peer.take_back(self.ticket, None)
