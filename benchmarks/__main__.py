@@ -20,20 +20,18 @@ BENCHMARKS = {
 }
 RUNTIMES = ("ray", "processes", "embedded")
 INTERRUPTED = 130
+DESCRIPTION = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
+EPILOG = """ray: everything in actors of one host; processes: the queue here, writer and reader in a process each;
+embedded: everything in threads of this process"""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=BENCHMARKS_TEXT, epilog=EPILOG)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("benchmark", choices=tuple(BENCHMARKS))
     parser.add_argument("--json", type=_file, metavar="FILE", help="write commit, machine, versions and all figures")
     parser.add_argument("--runtime", choices=RUNTIMES, default="ray", help="where queue, writer and reader live")
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="tiny: to see that it works")
     return parser.parse_args(argv)
-
-
-BENCHMARKS_TEXT = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
-EPILOG = """ray: everything in actors of one host; processes: the queue here, writer and reader in a process each;
-embedded: everything in threads of this process"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmark = importlib.import_module(f"benchmarks.{options.benchmark}")
     report = Report(options.benchmark, {"runtime": options.runtime, "scale": options.scale})
     try:
+        print("measuring floors ...", flush=True)
         floors.measure(report, scale)
+        print(f"measuring {options.benchmark} ...", flush=True)
         with PLACEMENTS[options.runtime]() as placement:
             benchmark.measure(report, scale, placement)
         report.complete = True

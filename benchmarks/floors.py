@@ -9,7 +9,6 @@ import contextlib
 import mmap
 import multiprocessing
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 import zmq
 
 from benchmarks.figures import Report
+from benchmarks.interrupts import held_back
 from benchmarks.scale import Scale
 
 CASE = "floor"
@@ -27,6 +27,8 @@ IPC_ROUND_TRIP = "ZeroMQ round trip, ipc"
 
 _ROW_BYTES = 32 << 10
 _PATIENCE_MS = 30_000
+_WORK = b"w"
+_WORK_S = 1e-4
 
 
 def measure(report: Report, scale: Scale) -> None:
@@ -91,13 +93,14 @@ def _measure_shared_memory(report: Report, scale: Scale) -> None:
 
 @contextlib.contextmanager
 def _echo() -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], dict[str, str]]]:
-    """Another process that answers each message with an empty one, and its addresses."""
+    """Another process that answers each message with an empty one, at once or after some work, and its addresses."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     spawning = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="tq-benchmark-") as folder:
         ours, theirs = spawning.Pipe()
         process = spawning.Process(target=_answer, args=(f"ipc://{Path(folder) / 'echo'}", theirs), daemon=True)
-        process.start()
+        with held_back():
+            process.start()
         try:
             theirs.close()
             yield context, ours.recv()
@@ -109,14 +112,20 @@ def _echo() -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], dict[str, str]]]:
 
 
 def _answer(ipc: str, pipe: multiprocessing.connection.Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     socket = zmq.Context().socket(zmq.REP)
     socket.bind(ipc)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     pipe.send({"ipc": ipc, "tcp": f"tcp://127.0.0.1:{port}"})
     while True:
-        socket.recv(copy=False)
+        if bytes(socket.recv(copy=False).buffer[:1]) == _WORK:
+            _work()
         socket.send(b"")
+
+
+def _work() -> None:
+    end = time.perf_counter() + _WORK_S
+    while time.perf_counter() < end:
+        pass
 
 
 def _measure_sockets(
@@ -130,11 +139,16 @@ def _measure_sockets(
             socket.send(message, copy=False)
             socket.recv()
 
-        small, large = bytes(64), bytes(scale.frame_bytes)
+        large = bytes(scale.frame_bytes)
         frame = f"ZeroMQ frame of {scale.frame_bytes >> 20} MiB, {transport}"
         _repeat(report, scale, frame, len(large), lambda: round_trip(large))
-        series = report.series(CASE, f"ZeroMQ round trip, {transport}", skip=scale.calls // 10)
-        for _ in range(scale.calls + series.skip):
-            begin = time.perf_counter()
-            round_trip(small)
-            series.add(time.perf_counter() - begin)
+        # Cores that went to sleep in between wake up slowly: a server and a client that do something show it.
+        for first, name in ((b"\0", ""), (_WORK, f", {1e3 * _WORK_S:.1f} ms of work at either end")):
+            small = first.ljust(64)
+            series = report.series(CASE, f"ZeroMQ round trip, {transport}{name}", skip=scale.calls // 10)
+            for _ in range(scale.calls + series.skip):
+                if first == _WORK:
+                    _work()
+                begin = time.perf_counter()
+                round_trip(small)
+                series.add(time.perf_counter() - begin)

@@ -14,13 +14,13 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import transfer_queue
+from benchmarks.interrupts import held_back
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,6 +111,8 @@ class ProcessPlacement(Placement):
         context = multiprocessing.get_context("spawn")
         executor = ProcessPoolExecutor(1, mp_context=context, initializer=_attach, initargs=(kind, self._address))
         self._ending.callback(executor.shutdown, wait=True, cancel_futures=True)
+        with held_back():
+            executor.submit(os.getpid)  # the first call starts the process
         return _ExecutorStage(executor, _call)
 
 
@@ -118,7 +120,6 @@ _attached: dict[str, Any] = {}
 
 
 def _attach(kind: StageType, address: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     transfer_queue.init({"address": address})
     _attached["stage"] = kind(transfer_queue.get_client())
 

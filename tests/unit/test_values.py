@@ -50,7 +50,7 @@ def same(left: Any, right: Any) -> bool:
             return False
         return same(left.tolist(), right.tolist()) if left.dtype.kind in "OT" else left.tobytes() == right.tobytes()
     if isinstance(left, np.generic):
-        return left.dtype == right.dtype and left.tobytes() == right.tobytes()
+        return bool(left.dtype == right.dtype) and left.tobytes() == right.tobytes()
     if isinstance(left, dict):
         return same(list(left.items()), list(right.items()))
     if isinstance(left, list | tuple):

@@ -15,12 +15,12 @@ CHUNK = 1024
 class OrderedBits:
     """A bitmap that counts its members per chunk of 1024 positions.
 
-    Adding and removing k positions costs O(k); the first n members cost O(n + length / 1024).
+    Adding and removing k positions costs O(k + length / 1024), and so do the first k members.
     """
 
     def __init__(self) -> None:
         self._bits = np.zeros(CHUNK, dtype=np.bool_)
-        self._counts = np.zeros(1, dtype=np.int32)
+        self._counts = np.zeros(1, dtype=np.int64)
         self.total = 0
 
     def __len__(self) -> int:
@@ -45,6 +45,10 @@ class OrderedBits:
         """The first `count` members in order, or all of them."""
         if count <= 0 or self.total == 0:
             return np.empty(0, dtype=np.int64)
+        lead = int((self._counts > 0).argmax())
+        if count <= self._counts[lead]:
+            inside = self._bits[lead * CHUNK : (lead + 1) * CHUNK]
+            return lead * CHUNK + inside.nonzero()[0][:count]
         chunks = self._counts.nonzero()[0]
         if count < self.total:
             enough = int(self._counts[chunks].cumsum().searchsorted(count)) + 1
@@ -58,7 +62,7 @@ class OrderedBits:
             return changed
         self._bits[changed] = value
         step = 1 if value else -1
-        np.add.at(self._counts, changed // CHUNK, step)
+        self._counts += step * np.bincount(changed // CHUNK, minlength=len(self._counts))
         self.total += step * len(changed)
         return changed
 
@@ -68,6 +72,6 @@ class OrderedBits:
         size = max(2 * len(self._bits), -(-length // CHUNK) * CHUNK)
         bits = np.zeros(size, dtype=np.bool_)
         bits[: len(self._bits)] = self._bits
-        counts = np.zeros(size // CHUNK, dtype=np.int32)
+        counts = np.zeros(size // CHUNK, dtype=np.int64)
         counts[: len(self._counts)] = self._counts
         self._bits, self._counts = bits, counts

@@ -122,13 +122,13 @@ class Peer:
 
     def _notify_from_thread(self, pool: Pool, frames: list[Any]) -> None:
         link = pool.for_thread()
+        deadline = time.monotonic() + NOTIFY_S
         try:
-            link.notify(frames)
-            deadline = time.monotonic() + NOTIFY_S
-            while link.unsent and not pool.closed and (left_s := deadline - time.monotonic()) > 0:
+            while not link.introduced and not pool.closed and (left_s := deadline - time.monotonic()) > 0:
                 link.wait(left_s)
+            if link.introduced:
+                link.notify(frames)
         finally:
-            link.drop_unsent()
             pool.done(link)
 
     def close(self) -> None:

@@ -82,17 +82,9 @@ class Link:
         return self._introduction.welcomed or self.failure is not None
 
     @property
-    def unsent(self) -> bool:
-        """One-way messages wait for the introduction."""
-        return bool(self._unsent)
-
-    @property
     def fd(self) -> int:
-        """The descriptor an event loop watches; after each call here, `has_input` has to be asked too."""
+        """The descriptor an event loop watches. Sending may swallow its signal, so `receive` after each call here."""
         return int(self._socket.getsockopt(zmq.FD))
-
-    def has_input(self) -> bool:
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def post(self, request_id: int, frames: list[Any], resolve: Resolve) -> None:
         """Send a request; `resolve` gets its reply, or the error that ended the link."""
@@ -115,9 +107,6 @@ class Link:
         if self._waiting.pop(request_id, None) is not None and cancel and self._introduction.welcomed:
             self._send(encode_message(Cancel(request_id=request_id)))
 
-    def drop_unsent(self) -> None:
-        self._unsent.clear()
-
     def wait(self, timeout_s: float) -> None:
         """Wait for input, for the bell, or for as long as the server may be quiet; then receive."""
         if self._poller.poll(max(0, int(1000 * min(timeout_s, PROBE_AFTER_S)) + 1)):
@@ -125,25 +114,35 @@ class Link:
         else:
             self.probe()
 
-    def receive(self, batch: int = RECEIVE_BATCH) -> None:
-        """Take what has arrived, at most `batch` messages."""
+    def receive(self, batch: int = RECEIVE_BATCH) -> bool:
+        """Take what has arrived, at most `batch` messages; return whether more may be there."""
         for _ in range(batch):
-            if not self.has_input():
-                return
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return False
             frames = self._read()
             self._heard = time.monotonic()
             try:
                 self._take(frames)
             except (NotAuthorized, ProtocolMismatch, DecodeError) as error:
                 self.fail(error)
-                return
+                return False
+        return True
 
     def probe(self) -> None:
-        """If the server is quiet, find out whether it still knows us. An introduction without answer starts over."""
+        """If the server is quiet, find out whether it still knows us. An introduction without answer starts over.
+
+        One-way messages are not kept for a server that is not there, unless a request waits for it as well.
+        """
         now = time.monotonic()
-        if self.failure is None and now - max(self._heard, self._probed) >= PROBE_AFTER_S:
-            self._probed = now
-            self._send([signal(Kind.PROBE) if self._introduction.welcomed else self._introduction.hello()])
+        if self.failure is not None or now - max(self._heard, self._probed) < PROBE_AFTER_S:
+            return
+        self._probed = now
+        if self._introduction.welcomed:
+            self._send([signal(Kind.PROBE)])
+        else:
+            self._send([self._introduction.hello()])
+            if not self._waiting:
+                self._unsent.clear()
 
     def fail(self, error: TransferQueueError) -> None:
         """End all requests with this error; the link is of no use any more."""

@@ -66,20 +66,18 @@ class LoopLink:
 
     def _readable(self) -> None:
         if not self._released:
-            self.link.receive()
             self._look_again()
 
     def _look_again(self) -> None:
-        """Sending may swallow the signal that input is there, so ask; and leave when nothing is under way."""
+        """Take what has arrived, and leave when nothing is under way any more."""
+        more = self.link.receive()
         if not self.link.busy:
             self.detach()
-        elif self.link.has_input():
+        elif more:
             self.loop.call_soon(self._readable)
 
     def _tick(self) -> None:
         if not self._released:
-            if not self.link.in_flight:
-                self.link.drop_unsent()
             self.link.probe()
             self._timer = self.loop.call_later(PROBE_AFTER_S, self._tick)
             self._look_again()
