@@ -1,6 +1,6 @@
 """`python -m benchmarks kv` or `control`; `--help` lists the options.
 
-Ends with status 0, or 130 after an interrupt (Ctrl-C or SIGTERM): then what was measured is still printed and written.
+Ends with status 0, or 130 after Ctrl-C. What was measured until then is printed and written in any case.
 """
 
 from __future__ import annotations
