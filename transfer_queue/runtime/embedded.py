@@ -49,10 +49,6 @@ class EmbeddedRuntime:
             self.close()
             raise
 
-    @property
-    def unit_infos(self) -> list[UnitInfo]:
-        return [unit.info for unit in self._units]
-
     def controller(self, client_id: str) -> AnyPeer:
         """This process calls the controller directly; a forked child has to connect to it."""
         if self._foreign():
