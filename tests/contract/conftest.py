@@ -1,4 +1,4 @@
-"""One suite, every way to reach a queue: in process, over ipc, over TCP, in Ray actors; blocking and awaitable."""
+"""One suite, every way to reach a queue: in process, over a Unix socket, over TCP, in Ray actors; blocking and awaitable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transfer_queue import TransferQueueClient
 from transfer_queue.config import merged, settings
 from transfer_queue.metadata import ZMQServerInfo
 
-ROUTES = ["in_process", "ipc", "tcp", "ray", "ray_tcp"]
+ROUTES = ["in_process", "unix", "tcp", "ray", "ray_tcp"]
 _partitions = itertools.count()
 
 

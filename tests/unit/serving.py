@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import zmq
 
 from transfer_queue.errors import InvalidArgument
 from transfer_queue.messages import (
@@ -28,7 +28,9 @@ from transfer_queue.messages import (
     Report,
     Request,
 )
+from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.codec import decode, encode_message
+from transfer_queue.wire.line import open_line
 from transfer_queue.wire.security import Introduction, Kind
 from transfer_queue.wire.ticket import Ticket
 
@@ -96,33 +98,43 @@ class BareClient:
     """A connection that sends the frames it is told to."""
 
     def __init__(self, address: str, client_id: str = "bare/1", token: bytes = TOKEN) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RCVTIMEO, int(1000 * WAIT_S))
-        self.socket.connect(address)
+        self._bell = Bell()
+        self.line = open_line(address, self._bell.fd)
         self.introduction = Introduction(token, client_id)
 
     def __enter__(self) -> BareClient:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.socket.close()
+        self.line.close()
+        self._bell.close()
 
     def introduce(self) -> BareClient:
         frame: bytes | None = self.introduction.hello()
         while not self.introduction.welcomed:
             if frame is not None:
-                self.socket.send(frame)
-            frame = self.introduction.receive(self.socket.recv())
+                self.send_frames(frame)
+            frame = self.introduction.receive(self.receive_frames()[0])
         return self
 
+    def send_frames(self, *frames: bytes) -> None:
+        assert self.line.send(frames)
+
+    def receive_frames(self) -> list[Any]:
+        deadline = time.monotonic() + WAIT_S
+        while (frames := self.line.next()) is None:
+            assert self.line.connected and time.monotonic() < deadline, "nothing came"
+            self.line.wait(0.1)
+            self.line.read()
+        return frames
+
     def send(self, request: Any, request_id: int, floor: int = 1) -> None:
-        self.socket.send_multipart(encode_message(request, request_id, floor))
+        self.send_frames(*encode_message(request, request_id, floor))
 
     def receive(self) -> tuple[int, Any]:
         """Return the next (request id, message), leaving out pings."""
         while True:
-            frames = self.socket.recv_multipart()
+            frames = self.receive_frames()
             if frames[0][0] == Kind.MESSAGE:
                 return decode(frames)
 

@@ -1,4 +1,4 @@
-"""Peers: one interface over ipc, tcp and in process; from threads, event loops and forked children."""
+"""Peers: one interface over a Unix socket, tcp and in process; from threads, event loops and forked children."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def server(handler: Recorder, tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(params=["ipc", "tcp", "local"])
+@pytest.fixture(params=["unix", "tcp", "local"])
 def make_peer(handler: Recorder, server: Server, request: pytest.FixtureRequest) -> Iterator[MakePeer]:
     with contextlib.ExitStack() as closing:
 
@@ -58,7 +58,7 @@ def make_peer(handler: Recorder, server: Server, request: pytest.FixtureRequest)
             if request.param == "local":
                 peer = LocalPeer(handler, client_id, grace_s=grace_s)
             else:
-                address = server.local_address if request.param == "ipc" else server.address
+                address = server.local_address if request.param == "unix" else server.address
                 peer = Peer.at(address, token=TOKEN, client_id=client_id, grace_s=grace_s)
             closing.callback(peer.close)
             return peer
@@ -212,10 +212,10 @@ def test_what_cannot_be_encoded_is_refused_before_sending(socket_peer: Peer) -> 
     assert ask(socket_peer, "next") == "next"
 
 
-@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_a_wrong_token_is_not_authorized(server: Server, kind: str) -> None:
     """Each call raises at once, in both faces; the server counts."""
-    address = server.local_address if kind == "ipc" else server.address
+    address = server.local_address if kind == "unix" else server.address
     thief = Peer.at(address, token=b"wrong", client_id="thief")
     with pytest.raises(NotAuthorized, match="token"):
         thief.begin(ListPartitions()).result(WAIT_S)
@@ -231,7 +231,7 @@ def test_a_client_id_has_a_limit(server: Server) -> None:
         Peer.at(server.address, token=TOKEN, client_id="x" * 250)
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "ipc:///nowhere/socket"])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "unix:///nowhere/socket"])
 def test_a_server_that_is_not_there_ends_at_the_deadline(address: str) -> None:
     """A call raises `ConnectionLost` with address and request id; a one-way message gives up in silence."""
     peer = Peer.at(address, token=TOKEN, client_id="c", grace_s=0.05)
@@ -363,13 +363,13 @@ def test_a_loop_that_was_closed_under_a_call_does_not_matter(handler: Recorder, 
 # ---------------------------------------------------------------- restarts and forks
 
 
-@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_waiting_requests_survive_a_restart_of_the_server(handler: Recorder, tmp_path: Path, kind: str) -> None:
     """The client proves its token again and sends what it waits for; the answer comes from the new server."""
     path = str(tmp_path / "socket")
     server = Server(handler, TOKEN, local_path=path).start()
     port = int(server.address.rpartition(":")[2])
-    peer = Peer.at(server.local_address if kind == "ipc" else server.address, token=TOKEN, client_id="c")
+    peer = Peer.at(server.local_address if kind == "unix" else server.address, token=TOKEN, client_id="c")
     with ThreadPoolExecutor(2) as threads:
         blocked = threads.submit(lambda: peer.begin(draw()).result(WAIT_S))
         awaited = threads.submit(lambda: asyncio.run(peer.acall(draw(), WAIT_S)))
@@ -465,17 +465,17 @@ def test_a_local_peer_can_be_pushed_to(handler: Recorder, server: Server) -> Non
 def test_the_local_address_is_used_where_its_nonce_can_be_read(tmp_path: Path) -> None:
     """A folder of another host with the same name has another nonce."""
     (tmp_path / "nonce").write_text("abc")
-    place = ("ipc:///x", str(tmp_path), "abc", "tcp://h:1")
-    assert choose_address(*place) == "ipc:///x"
+    place = ("unix:///x", str(tmp_path), "abc", "tcp://h:1")
+    assert choose_address(*place) == "unix:///x"
     assert choose_address(*place, transport="tcp") == "tcp://h:1"
-    assert choose_address("ipc:///x", str(tmp_path), "other", "tcp://h:1") == "tcp://h:1"
-    assert choose_address("ipc:///x", str(tmp_path / "none"), "abc", "tcp://h:1") == "tcp://h:1"
+    assert choose_address("unix:///x", str(tmp_path), "other", "tcp://h:1") == "tcp://h:1"
+    assert choose_address("unix:///x", str(tmp_path / "none"), "abc", "tcp://h:1") == "tcp://h:1"
     assert choose_address("", "", "", "tcp://h:1") == "tcp://h:1"
 
 
 def test_no_address_left_is_an_error(tmp_path: Path) -> None:
     """It says what was looked for; an unknown transport is refused."""
-    with pytest.raises(ConnectionLost, match="ipc:///x"):
-        choose_address("ipc:///x", str(tmp_path), "abc", "")
+    with pytest.raises(ConnectionLost, match="unix:///x"):
+        choose_address("unix:///x", str(tmp_path), "abc", "")
     with pytest.raises(InvalidArgument, match="pigeon"):
-        choose_address("ipc:///x", str(tmp_path), "abc", "", transport="pigeon")
+        choose_address("unix:///x", str(tmp_path), "abc", "", transport="pigeon")

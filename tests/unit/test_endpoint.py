@@ -21,7 +21,7 @@ def endpoint(**changes: Any) -> ZMQServerInfo:
         "ip": "10.0.0.1",
         "ports": {"requests": 4711},
         "token": b"secret-token",
-        "local_address": "ipc:///dev/shm/x",
+        "local_address": "unix:///dev/shm/x",
         "folder": "/dev/shm/x",
         "nonce": "n",
         "session_id": "s",

@@ -24,7 +24,7 @@ class Connector(Protocol):
 
 
 class SocketConnector:
-    """Over ZeroMQ: `ipc` where the server's folder can be read, TCP elsewhere or if `transport` is "tcp"."""
+    """A Unix socket where the server's folder can be read, ZeroMQ over TCP elsewhere or if `transport` is "tcp"."""
 
     def __init__(self, info: ZMQServerInfo, transport: str = "auto") -> None:
         self._info = info

@@ -40,7 +40,7 @@ class UnitInfo:
     number: int
     unit_id: str
     address: str  # tcp://host:port
-    local_address: str  # ipc://path, for clients that can read `folder`/nonce
+    local_address: str  # unix://path, for clients that can read `folder`/nonce
     folder: str
     nonce: str
 

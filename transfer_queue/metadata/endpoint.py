@@ -24,7 +24,7 @@ class ZMQServerInfo:
 
     ports          {name: port} of the TCP sockets at `ip`
     token          the session's secret; whoever has it may read and write the queue, so it is not shown by `repr`
-    local_address  ipc://path, for clients that can read the file `nonce` in `folder` and find `nonce` in it
+    local_address  unix://path, for clients that can read the file `nonce` in `folder` and find `nonce` in it
     session_id     one life of the queue; a restarted one has another
     """
 

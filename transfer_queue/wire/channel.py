@@ -62,7 +62,7 @@ class Peer:
 
     @classmethod
     def at(cls, address: str, *, token: bytes, client_id: str, grace_s: float = GRACE_S) -> Peer:
-        """Return the server at a known address, ipc or tcp."""
+        """Return the server at a known address, `unix:` or `tcp:`."""
         return cls("", "", "", address, token=token, client_id=client_id, grace_s=grace_s)
 
     def __repr__(self) -> str:

@@ -28,7 +28,16 @@ from transfer_queue.errors import DecodeError, EncodeError
 from transfer_queue.messages import MESSAGE_TYPES
 from transfer_queue.wire.values import INT64S, Packing, Unpacking, pack_value, unpack_value
 
-__all__ = ["MAX_FRAME_BYTES", "Header", "decode", "encode_message", "pack_value", "read_header", "unpack_value"]
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "Header",
+    "decode",
+    "encode_message",
+    "frame_bytes",
+    "pack_value",
+    "read_header",
+    "unpack_value",
+]
 
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 14
@@ -82,7 +91,7 @@ def encode_message(message: Any, request_id: int = 0, floor: int = 0) -> list[An
     if plan.frames is not None:
         frames = values[plan.frames]
         values[plan.frames] = len(frames)
-        if len(frames) > MAX_FRAMES or any(_size(frame) > MAX_FRAME_BYTES for frame in frames):
+        if len(frames) > MAX_FRAMES or any(frame_bytes(frame) > MAX_FRAME_BYTES for frame in frames):
             limits = f"{MAX_FRAMES} frames of {MAX_FRAME_BYTES} bytes"
             raise EncodeError(f"{cls.__name__} has {len(frames)} frames, and the limit is {limits}: send it in parts")
     for position, convert in plan.encode:
@@ -162,7 +171,8 @@ def _fields(plan: _Plan) -> str:
     return f"{plan.cls.__name__} has {len(plan.names)} fields ({', '.join(plan.names)})"
 
 
-def _size(buffer: Any) -> int:
+def frame_bytes(buffer: Any) -> int:
+    """Return the size of a frame in bytes."""
     return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
 
 

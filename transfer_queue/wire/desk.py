@@ -38,7 +38,7 @@ class Desk:
         self._send = send
         self._deliver = deliver
 
-    def receive(self, identity: bytes, frames: Sequence[Any]) -> None:
+    def receive(self, identity: Hashable, frames: Sequence[Any]) -> None:
         """Take the frames of one message."""
         client_id = self.gate.client_of(identity)
         kind = frames[0][0] if len(frames[0]) else None
@@ -79,7 +79,7 @@ class Desk:
 
     # ------------------------------------------------------------ inside
 
-    def _receive_message(self, identity: bytes, client_id: str, frames: Sequence[Any]) -> None:
+    def _receive_message(self, identity: Hashable, client_id: str, frames: Sequence[Any]) -> None:
         header: Header | None = None
         try:
             header = read_header(frames[0])
@@ -100,7 +100,7 @@ class Desk:
         else:
             self._request(identity, client_id, header, message)
 
-    def _request(self, identity: bytes, client_id: str, header: Header, message: Any) -> None:
+    def _request(self, identity: Hashable, client_id: str, header: Header, message: Any) -> None:
         """Start a request, or go on with one that came before, maybe over another connection."""
         try:
             known = self._table.find(client_id, header.request_id, header.floor)

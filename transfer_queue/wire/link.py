@@ -1,4 +1,4 @@
-"""One connection of a client: a DEALER socket, the introduction, and the requests that wait on it.
+"""One connection of a client: a line, the introduction, and the requests that wait on it.
 
 A link has one owner at a time (a thread or an event loop), and only the owner calls it. Requests are kept until they
 are answered: when the server asks who we are (it is new, it forgot us, the connection was made anew), we introduce
@@ -11,23 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import zmq
-
 from transfer_queue.errors import ConnectionLost, DecodeError, NotAuthorized, ProtocolMismatch, TransferQueueError
 from transfer_queue.messages import Cancel
-from transfer_queue.wire.codec import MAX_FRAME_BYTES, decode, encode_message, read_header
+from transfer_queue.wire.codec import decode, encode_message, read_header
+from transfer_queue.wire.line import open_line
 from transfer_queue.wire.security import Introduction, Kind, signal
+from transfer_queue.wire.stream import HIGH_WATER_MARK
 from transfer_queue.wire.ticket import Answer
 
 Resolve: TypeAlias = Callable[[Answer], None]
 
-HIGH_WATER_MARK = 16384
 MOST_IN_FLIGHT = 4096
 PROBE_AFTER_S = 1.5  # a server that works pings a waiting client each second
+RECONNECT_S = 0.05
 RECEIVE_BATCH = 256
-
-_LINGER_MS = 250
-_COPIED_FRAMES = 2
 
 
 class _Sent(NamedTuple):
@@ -60,12 +57,9 @@ class Link:
         self._on_welcome = on_welcome
         self._waiting: dict[int, _Sent] = {}
         self._unsent: list[list[Any]] = []
-        self._socket = _connected(address)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(bell_fd, zmq.POLLIN)
+        self._line = open_line(address, bell_fd)
         self._heard = self._probed = time.monotonic()
-        self._send([self._introduction.hello()])
+        self._greet()
 
     @property
     def in_flight(self) -> int:
@@ -83,17 +77,27 @@ class Link:
 
     @property
     def fd(self) -> int:
-        """The descriptor an event loop watches. Sending may swallow its signal, so `receive` after each call here."""
-        return int(self._socket.getsockopt(zmq.FD))
+        """The descriptor an event loop watches."""
+        return self._line.fd
 
-    def post(self, request_id: int, frames: list[Any], resolve: Resolve) -> None:
-        """Send a request; `resolve` gets its reply, or the error that ended the link."""
+    @property
+    def silent(self) -> bool:
+        """Sending may swallow the signal of `fd`, so `receive` after each call here."""
+        return self._line.silent
+
+    @property
+    def patience_s(self) -> float:
+        """How long the server may be quiet before `probe` is due."""
+        return PROBE_AFTER_S if self._line.connected else RECONNECT_S
+
+    def post(self, request_id: int, frames: list[Any], resolve: Resolve, *, hold: bool = False) -> None:
+        """Send a request (`hold`: with the next `flush`); `resolve` gets its reply, or what ended the link."""
         if self.failure is not None:
             resolve(self.failure)
             return
         self._waiting[request_id] = _Sent(frames, resolve)
         if self._introduction.welcomed:
-            self._send(frames)
+            self._send(frames, hold=hold)
 
     def notify(self, frames: list[Any]) -> None:
         """Send a one-way message, at once or after the introduction."""
@@ -102,6 +106,10 @@ class Link:
         elif self.failure is None:
             self._unsent.append(frames)
 
+    def flush(self) -> None:
+        """Send what was held."""
+        self._line.flush()
+
     def drop(self, request_id: int, *, cancel: bool) -> None:
         """Do not wait for this request any more; `cancel`: tell the server."""
         if self._waiting.pop(request_id, None) is not None and cancel and self._introduction.welcomed:
@@ -109,17 +117,23 @@ class Link:
 
     def wait(self, timeout_s: float) -> None:
         """Wait for input, for the bell, or for as long as the server may be quiet; then receive."""
-        if self._poller.poll(max(0, int(1000 * min(timeout_s, PROBE_AFTER_S)) + 1)):
+        if self._line.wait(max(0.0, min(timeout_s, self.patience_s))):
             self.receive()
         else:
             self.probe()
 
     def receive(self, batch: int = RECEIVE_BATCH) -> bool:
         """Take what has arrived, at most `batch` messages; return whether more may be there."""
+        self.torn = True
+        self._line.read()
         for _ in range(batch):
-            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self.torn = True
+            frames = self._line.next()
+            self.torn = False
+            if frames is None:
+                if not self._line.connected:
+                    self._introduction.lost()
                 return False
-            frames = self._read()
             self._heard = time.monotonic()
             try:
                 self._take(frames)
@@ -134,15 +148,19 @@ class Link:
         One-way messages are not kept for a server that is not there, unless a request waits for it as well.
         """
         now = time.monotonic()
-        if self.failure is not None or now - max(self._heard, self._probed) < PROBE_AFTER_S:
+        if self.failure is not None:
             return
-        self._probed = now
-        if self._introduction.welcomed:
+        if not self._line.connected and self._line.reconnect():
+            self._greet()
+        elif now - max(self._heard, self._probed) < PROBE_AFTER_S:
+            return
+        elif self._introduction.welcomed:
             self._send([signal(Kind.PROBE)])
         else:
-            self._send([self._introduction.hello()])
+            self._greet()
             if not self._waiting:
                 self._unsent.clear()
+        self._probed = now
 
     def fail(self, error: TransferQueueError) -> None:
         """End all requests with this error; the link is of no use any more."""
@@ -152,19 +170,12 @@ class Link:
             self._waiting.pop(next(iter(self._waiting))).resolve(error)
 
     def close(self) -> None:
-        self._socket.close()
+        self._line.close()
 
     # ------------------------------------------------------------ inside
 
-    def _read(self) -> list[Any]:
-        """Return the frames of the next message, which has arrived."""
-        self.torn = True
-        frames: list[Any] = [self._socket.recv(zmq.NOBLOCK)]
-        while self._socket.getsockopt(zmq.RCVMORE):
-            frame = self._socket.recv(copy=len(frames) < _COPIED_FRAMES)
-            frames.append(frame.buffer if isinstance(frame, zmq.Frame) else frame)
-        self.torn = False
-        return frames
+    def _greet(self) -> None:
+        self._line.send([self._introduction.hello()])
 
     def _take(self, frames: Sequence[Any]) -> None:
         kind = frames[0][0] if len(frames[0]) else None
@@ -198,32 +209,9 @@ class Link:
             self._send(frames)
         self._on_welcome()
 
-    def _send(self, frames: Sequence[Any]) -> None:
+    def _send(self, frames: Sequence[Any], *, hold: bool = False) -> None:
         self.torn = True
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) <= _COPIED_FRAMES)
-        except zmq.Again:
-            self.fail(ConnectionLost(f"{HIGH_WATER_MARK} messages wait for the server; it does not read them"))
+        sent = self._line.send(frames, hold=hold)
         self.torn = False
-
-
-def _connected(address: str) -> zmq.Socket[bytes]:
-    options = {
-        zmq.LINGER: _LINGER_MS,
-        zmq.SNDHWM: HIGH_WATER_MARK,
-        zmq.RCVHWM: HIGH_WATER_MARK,
-        zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
-        zmq.RECONNECT_IVL: 50,
-        zmq.RECONNECT_IVL_MAX: 1000,
-        zmq.HEARTBEAT_IVL: 5000,
-        zmq.HEARTBEAT_TIMEOUT: 30000,
-        zmq.IPV6: int("[" in address),
-    }
-    try:
-        made: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        for option, value in options.items():
-            made.setsockopt(option, value)
-        made.connect(address)
-    except zmq.ZMQError as error:
-        raise ConnectionLost(f"cannot connect to {address}: {error}") from error
-    return made
+        if not sent and self._line.connected:
+            self.fail(ConnectionLost(f"{HIGH_WATER_MARK} messages wait for the server; it does not read them"))

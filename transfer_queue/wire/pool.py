@@ -10,7 +10,7 @@ from typing import Any
 
 from transfer_queue.errors import ConnectionLost, TransferQueueError
 from transfer_queue.wire.bell import Bell
-from transfer_queue.wire.link import MOST_IN_FLIGHT, PROBE_AFTER_S, Link, Resolve
+from transfer_queue.wire.link import MOST_IN_FLIGHT, Link, Resolve
 from transfer_queue.wire.requests import RequestIds
 
 MOST_IDLE = 8
@@ -26,21 +26,25 @@ class LoopLink:
         self._released = False
         self._fd = link.fd
         loop.add_reader(self._fd, self._readable)
-        self._timer = loop.call_later(PROBE_AFTER_S, self._tick)
+        self._holding = False
+        self._tick_later()
 
     def post(self, request_id: int, frames: list[Any], resolve: Resolve) -> None:
-        self.link.post(request_id, frames, resolve)
-        self._look_again()
+        """Send a request together with all that other tasks of the loop send in this turn of it."""
+        self.link.post(request_id, frames, resolve, hold=True)
+        if not self._holding:
+            self._holding = True
+            self.loop.call_soon(self._flush)
 
     def notify(self, frames: list[Any]) -> None:
         self.link.notify(frames)
-        self._look_again()
+        self._after_sending()
 
     def drop(self, request_id: int, *, cancel: bool) -> None:
         """Do not wait for a request any more. Does nothing once the link went to somebody else."""
         if not self._released:
             self.link.drop(request_id, cancel=cancel)
-            self._look_again()
+            self._after_sending()
 
     def end_soon(self, error: TransferQueueError) -> None:
         """End all calls with this error; from any thread."""
@@ -64,6 +68,18 @@ class LoopLink:
             self.link.fail(error)
             self.detach()
 
+    def _flush(self) -> None:
+        self._holding = False
+        if not self._released:
+            self.link.flush()
+            self._after_sending()
+
+    def _after_sending(self) -> None:
+        if self.link.silent:
+            self._look_again()
+        elif not self.link.busy:
+            self.detach()
+
     def _readable(self) -> None:
         if not self._released:
             self._look_again()
@@ -73,13 +89,21 @@ class LoopLink:
         more = self.link.receive()
         if not self.link.busy:
             self.detach()
-        elif more:
+            return
+        if more:
             self.loop.call_soon(self._readable)
+        if self.link.patience_s < self._patience_s:  # the connection was lost
+            self._timer.cancel()
+            self._tick_later()
+
+    def _tick_later(self) -> None:
+        self._patience_s = self.link.patience_s
+        self._timer = self.loop.call_later(self._patience_s, self._tick)
 
     def _tick(self) -> None:
         if not self._released:
             self.link.probe()
-            self._timer = self.loop.call_later(PROBE_AFTER_S, self._tick)
+            self._tick_later()
             self._look_again()
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from transfer_queue.errors import ConnectionLost, InvalidArgument
 from transfer_queue.wire.folder import same_host
 
-MAX_IPC_PATH_BYTES = 100
+MAX_PATH_BYTES = 100
 
+_UNIX = "unix://"
 _LOWEST_PORT = 10240
 _HIGHEST_PORT = 65535
 _PORT_RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -36,15 +37,23 @@ def choose_address(local_address: str, folder: str, nonce: str, address: str, tr
     return address
 
 
-def ipc_address(path: str) -> str:
+def unix_address(path: str) -> str:
     """Return the address of a socket file. Raises `InvalidArgument` for a path beyond what the system allows."""
     size = len(os.fsencode(path))
-    if size > MAX_IPC_PATH_BYTES:
+    if size > MAX_PATH_BYTES:
         raise InvalidArgument(
-            f"the socket path {path!r} has {size} bytes, and at most {MAX_IPC_PATH_BYTES} are possible: "
+            f"the socket path {path!r} has {size} bytes, and at most {MAX_PATH_BYTES} are possible: "
             "choose a shorter folder"
         )
-    return f"ipc://{path}"
+    return f"{_UNIX}{path}"
+
+
+def is_unix_address(address: str) -> bool:
+    return address.startswith(_UNIX)
+
+
+def unix_path(address: str) -> str:
+    return address.removeprefix(_UNIX)
 
 
 def tcp_address(host: str, port: int) -> str:

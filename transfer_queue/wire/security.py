@@ -1,4 +1,4 @@
-"""Who may speak: a mutual proof of the session's token, once per connection, for ipc and tcp alike.
+"""Who may speak: a mutual proof of the session's token, once per connection, for Unix sockets and TCP alike.
 
     client                                          server
     HELLO    magic · version · nonce · client id →
@@ -26,7 +26,7 @@ import hmac
 import secrets
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from transfer_queue.errors import DecodeError, NotAuthorized, ProtocolMismatch
@@ -93,6 +93,10 @@ class Introduction:
         self._server_proved = self.welcomed = False
         self._greeting = True
         return _HELLO.pack(Kind.HELLO, _MAGIC, PROTOCOL_VERSION, self._nonce) + self._client_id
+
+    def lost(self) -> None:
+        """The connection is gone: whoever is there next does not know us."""
+        self._greeting = self._server_proved = self.welcomed = False
 
     def receive(self, frame: bytes) -> bytes | None:
         """Take a frame of the introduction and return the one to send, if any.
@@ -179,15 +183,15 @@ class Gate:
 
     def __init__(self, token: bytes, *, known: int = 1 << 16, strangers: int = 1 << 10) -> None:
         self._token = token
-        self._clients: Bounded[bytes, str] = Bounded(known)
-        self._strangers: Bounded[bytes, _Stranger] = Bounded(strangers)
+        self._clients: Bounded[Hashable, str] = Bounded(known)
+        self._strangers: Bounded[Hashable, _Stranger] = Bounded(strangers)
         self.auth_failures = 0
 
-    def client_of(self, identity: bytes) -> str | None:
+    def client_of(self, identity: Hashable) -> str | None:
         """Return the client id if this identity has proved the token."""
         return self._clients.get(identity)
 
-    def receive(self, identity: bytes, frames: Sequence[bytes]) -> bytes:
+    def receive(self, identity: Hashable, frames: Sequence[bytes]) -> bytes:
         """Return the answer to the first frame of an identity that is not welcome yet, or starts over."""
         frame = frames[0]
         kind = frame[0] if len(frames) == 1 and frame else None
@@ -202,10 +206,11 @@ class Gate:
         self._clients.put(identity, stranger.client_id)
         return _VERDICT.pack(Kind.WELCOME, stranger.attempt)
 
-    def forget(self, identity: bytes) -> None:
+    def forget(self, identity: Hashable) -> None:
         self._clients.pop(identity)
+        self._strangers.pop(identity)
 
-    def _challenge(self, identity: bytes, frame: bytes) -> bytes:
+    def _challenge(self, identity: Hashable, frame: bytes) -> bytes:
         self._clients.pop(identity)
         if len(frame) < _HELLO.size:
             return signal(Kind.WHO)
