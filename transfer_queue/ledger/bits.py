@@ -19,7 +19,7 @@ class OrderedBits:
     """
 
     def __init__(self) -> None:
-        self._bits = np.zeros(CHUNK, dtype=np.bool_)
+        self._bits = np.zeros(CHUNK + 1, dtype=np.bool_)  # the last one never is: what lies beyond is looked up there
         self._counts = np.zeros(1, dtype=np.int64)
         self.total = 0
 
@@ -27,8 +27,8 @@ class OrderedBits:
         return self.total
 
     def contains(self, positions: Int64s) -> NDArray[np.bool_]:
-        inside: NDArray[np.bool_] = (positions >= 0) & (positions < len(self._bits))
-        return inside & self._bits.take(positions, mode="clip")
+        members: NDArray[np.bool_] = self._bits.take(positions, mode="clip") & (positions >= 0)
+        return members
 
     def add(self, positions: Int64s) -> Int64s:
         """Add distinct positions; return those that were not members."""
@@ -38,8 +38,8 @@ class OrderedBits:
         return self._flip(positions[~self._bits[positions]], True)
 
     def discard(self, positions: Int64s) -> Int64s:
-        """Remove distinct positions; return those that were members."""
-        return self._flip(positions[self.contains(positions)], False)
+        """Remove distinct positions of at least 0; return those that were members."""
+        return self._flip(positions[self._bits.take(positions, mode="clip")], False)
 
     def first(self, count: int) -> Int64s:
         """The first `count` members in order, or all of them."""
@@ -53,7 +53,7 @@ class OrderedBits:
         if count < self.total:
             enough = int(self._counts[chunks].cumsum().searchsorted(count)) + 1
             chunks = chunks[:enough]
-        inside = self._bits.reshape(-1, CHUNK)[chunks].ravel()
+        inside = self._bits[:-1].reshape(-1, CHUNK)[chunks].ravel()
         found = inside.nonzero()[0][:count]
         return chunks[found // CHUNK] * CHUNK + found % CHUNK
 
@@ -61,16 +61,22 @@ class OrderedBits:
         if len(changed) == 0:
             return changed
         self._bits[changed] = value
-        step = 1 if value else -1
-        self._counts += step * np.bincount(changed // CHUNK, minlength=len(self._counts))
-        self.total += step * len(changed)
+        step = len(changed) if value else -len(changed)
+        first = int(changed[0]) // CHUNK
+        if int(changed.max()) // CHUNK == first == int(changed.min()) // CHUNK:
+            self._counts[first] += step
+        else:
+            counts = np.bincount(changed // CHUNK, minlength=len(self._counts))
+            self._counts += counts if value else -counts
+        self.total += step
         return changed
 
     def _grow(self, length: int) -> None:
-        if length <= len(self._bits):
+        size = len(self._bits) - 1
+        if length <= size:
             return
-        size = max(2 * len(self._bits), -(-length // CHUNK) * CHUNK)
-        bits = np.zeros(size, dtype=np.bool_)
+        size = max(2 * size, -(-length // CHUNK) * CHUNK)
+        bits = np.zeros(size + 1, dtype=np.bool_)
         bits[: len(self._bits)] = self._bits
         counts = np.zeros(size // CHUNK, dtype=np.int64)
         counts[: len(self._counts)] = self._counts

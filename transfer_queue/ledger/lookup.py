@@ -43,7 +43,7 @@ class Lookup:
     ) -> Drawn:
         """Everything a handle on these rows carries."""
         table = self._rows.table
-        indexes = rows.tolist()
+        indexes = rows.tolist() if table.keys or table.tags else []
         grouped = any(len(partition.groups) for partition in owners) and (table.group[rows] >= 0).any()
         return Drawn(
             partition_id=name,
@@ -122,8 +122,8 @@ class Lookup:
                 continue
             blocks = column.block[rows]
             slots = column.slot[rows].astype(np.int64)
-            entry = together.setdefault(blocks.tobytes() + slots.tobytes(), ([], blocks, slots))
-            entry[0].append(name)
+            key = blocks.tobytes() + slots.tobytes() if len(fields) > 1 else b""
+            together.setdefault(key, ([], blocks, slots))[0].append(name)
         return tuple(Location(fields=tuple(names), blocks=b, slots=s) for names, b, s in together.values())
 
     def _group_ids(self, rows: Int64s) -> tuple[Any, ...]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Int64s: TypeAlias = NDArray[np.int64]
 
+_NOTHING: Int64s = np.empty(0, dtype=np.int64)
+
 
 class ReadySet:
     """Rows that have every field of the set and are neither consumed nor reserved by the task."""
@@ -65,9 +67,10 @@ class ReadySet:
 
 
 class RowsView(ReadyView):
-    """The ready rows, as samplers see them."""
+    """The ready rows, as samplers see them. `given`: the last array that was handed out, distinct ready rows."""
 
     def __init__(self, ready: ReadySet) -> None:
+        self.given: Int64s = _NOTHING
         self._ready = ready
 
     def __len__(self) -> int:
@@ -88,7 +91,7 @@ class RowsView(ReadyView):
     def __getitem__(self, key: int | slice) -> Any:
         if isinstance(key, slice):
             stop = len(self) if key.stop is None or key.stop < 0 or (key.start or 0) < 0 else key.stop
-            return self._first(stop)[key]
+            return self._give(self._first(stop)[key])
         position = key if key >= 0 else key + len(self)
         if not 0 <= position < len(self):
             raise IndexError(f"position {key} of {len(self)} ready rows")
@@ -98,7 +101,12 @@ class RowsView(ReadyView):
         found, ordinals = self._ready.groups(size).first(count)
         if not found:
             return 0, np.empty(0, dtype=np.int64)
-        return found, self.partition.rows_at(np.concatenate(ordinals))
+        return found, self._give(self.partition.rows_at(np.concatenate(ordinals)))
+
+    def _give(self, rows: Int64s) -> Int64s:
+        rows.flags.writeable = False
+        self.given = rows
+        return rows
 
     def _first(self, count: int) -> Int64s:
         return self._ready.first(count)

@@ -21,6 +21,9 @@ from transfer_queue.samplers.registry import SamplerLike, accepted_names
 
 Int64s: TypeAlias = NDArray[np.int64]
 
+_MOST_PLANS = 1024
+_OWN_PARAMETERS = ("sampler", "dp_rank", "dp_size", "dp_group_id")  # for the controller, not for samplers
+
 
 @dataclass(frozen=True)
 class Split:
@@ -50,10 +53,12 @@ class SamplerBook:
         self._default = SequentialSampler() if default is None else as_sampler(default)
         self._by_task: dict[str, BaseSampler] = {}
         self._by_request: dict[tuple[str, str], BaseSampler] = {}
+        self._plans: dict[tuple[str, int, bool], Plan] = {}  # of draws without parameters of their own
         self.num_n_samples = num_n_samples
 
     def register(self, task: str | None, sampler: SamplerLike) -> BaseSampler:
         made = as_sampler(sampler)
+        self._plans.clear()
         if task is None:
             self._default = made
         else:
@@ -66,12 +71,23 @@ class SamplerBook:
 
     def plan(self, draw: Draw) -> Plan:
         """Raise for a request that no state of the queue could serve."""
+        if draw.sampler_params:
+            return self._make_plan(draw)
+        key = (draw.task_name, draw.batch_size, draw.get_n_samples)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._make_plan(draw)
+            if len(self._plans) < _MOST_PLANS:
+                self._plans[key] = plan
+        return plan
+
+    def _make_plan(self, draw: Draw) -> Plan:
         sampler = self._choose(draw)
         split = _split(draw.sampler_params, sampler)
         if isinstance(sampler, DPSampler):
             sampler = sampler.inner
         group_size = self._group_size(draw, sampler)
-        arguments = self._arguments(sampler.check_request, draw)
+        arguments = _fitting(sampler.check_request, self._offered(draw))
         _guarded(sampler, lambda: sampler.check_request(draw.batch_size, **arguments))
         if group_size is not None and draw.batch_size % group_size:
             raise InvalidArgument(
@@ -101,11 +117,14 @@ class SamplerBook:
             self._by_request[key] = create_sampler(name)
         return self._by_request[key]
 
-    def _arguments(self, function: Callable[..., Any], draw: Draw) -> dict[str, Any]:
-        offered = {"num_n_samples": self.num_n_samples, **draw.sampler_params, "task_name": draw.task_name}
-        for name in ("sampler", "dp_rank", "dp_size", "dp_group_id"):
-            offered.pop(name, None)
-        return _fitting(function, offered)
+    def _offered(self, draw: Draw) -> dict[str, Any]:
+        offered: dict[str, Any] = {"num_n_samples": self.num_n_samples}
+        if draw.sampler_params:
+            offered.update(draw.sampler_params)
+            for name in _OWN_PARAMETERS:
+                offered.pop(name, None)
+        offered["task_name"] = draw.task_name
+        return offered
 
     def select(self, plan: Plan, draw: Draw, ready: ReadySet, table: RowTable) -> tuple[Int64s, Int64s] | None:
         """Ask the sampler once; None: it cannot serve now. Returns (handed out, marked consumed), checked."""
@@ -116,16 +135,15 @@ class SamplerBook:
         if len(candidates) < want and not sampler.accepts_partial:
             return None
         views = _RowViews(ready.partition, table)
-        offered = self._arguments(sampler.sample, draw) | _fitting(
-            sampler.sample,
-            {
-                "partition_id": ready.partition.name,
-                "global_step": ready.partition.step,
-                "group_ids": views.group_ids,
-                "tags": views.tags,
-                "seqlens": views.seqlens,
-            },
+        offered = self._offered(draw)
+        offered.update(
+            partition_id=ready.partition.name,
+            global_step=ready.partition.step,
+            group_ids=views.group_ids,
+            tags=views.tags,
+            seqlens=views.seqlens,
         )
+        offered = _fitting(sampler.sample, offered)
         chosen = _guarded(sampler, lambda: sampler.sample(candidates, want, **offered))
         if chosen is None:
             return None
@@ -232,6 +250,8 @@ def _as_rows(sampler: BaseSampler, chosen: Any) -> Int64s:
 
 def _checked(sampler: BaseSampler, chosen: Any, candidates: Sequence[int], view: RowsView) -> Int64s:
     """A row may be handed out once per draw, if it is one of those that the sampler was given."""
+    if chosen is view.given:
+        return view.given
     rows = _as_rows(sampler, chosen)
     fits = view.holds(rows)
     if has_filter(sampler):

@@ -112,9 +112,9 @@ def read_header(frame: Any) -> Header:
     return Header(code, request_id, floor)
 
 
-def decode(frames: Sequence[Any]) -> tuple[int, Any]:
-    """Return (request id, message)."""
-    header = read_header(frames[0])
+def decode(frames: Sequence[Any], header: Header | None = None) -> tuple[int, Any]:
+    """Return (request id, message). `header`: what `read_header` found in frame 0, if that was read before."""
+    header = header or read_header(frames[0])
     cls = MESSAGE_TYPES.get(header.code)
     if cls is None:
         raise DecodeError(f"no message type has the code {header.code}; do both sides run the same version?")
@@ -271,7 +271,7 @@ def _encode_int64s(array: Any) -> Any:
         return None
     if type(array) is not np.ndarray or array.dtype != _INT64 or array.ndim != 1:
         raise EncodeError(f"expected a one-dimensional int64 array, not {array!r:.100}")
-    return msgpack.ExtType(INT64S, array.tobytes())
+    return tuple.__new__(msgpack.ExtType, (INT64S, array.tobytes()))  # without the checks of its constructor
 
 
 # ---------------------------------------------------------------- decoding one field

@@ -83,7 +83,7 @@ class Desk:
         header: Header | None = None
         try:
             header = read_header(frames[0])
-            _, message = decode(frames)
+            _, message = decode(frames, header)
             if type(message) not in REQUESTS:
                 raise ProtocolMismatch(f"{type(message).__name__} is not a request")
             if header.request_id == 0 and not isinstance(message, ONE_WAY):

@@ -27,6 +27,7 @@ LINGER_S = 0.25
 Take: TypeAlias = Callable[[Hashable, Sequence[Any]], None]
 
 _BATCH = 256
+_READABLE = int(zmq.POLLIN)
 _WAITING_CONNECTIONS = 4096
 _STRANGER_BYTES = 4096  # of a message, from a connection that has not proved the token
 _COPIED_FRAMES = 2  # header and body; the buffers behind them are handed on as they are
@@ -193,17 +194,18 @@ class TcpDoor:
             self._end_sockets()
             raise
         self._fd = int(self._socket.getsockopt(zmq.FD))
-        watch.add(self._fd, lambda: None)  # it tells of changes only: `pending` is asked before each wait
+        self.stirred = True
+        watch.add(self._fd, self._stir)
 
-    @property
-    def pending(self) -> bool:
-        """Whether something has arrived."""
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    def _stir(self) -> None:
+        """Something changed, or the signal of it may have been swallowed by a `send`: `receive` has to look."""
+        self.stirred = True
 
     def receive(self) -> None:
-        """Take what has arrived, at most some hundred messages."""
+        """Take what has arrived, at most some hundred messages; `stirred` tells whether there may be more."""
         for _ in range(_BATCH):
-            if not self.pending:
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
+                self.stirred = False
                 return
             identity = self._socket.recv(zmq.NOBLOCK)
             frames: list[Any] = []
@@ -218,6 +220,7 @@ class TcpDoor:
 
     def send(self, channel: bytes, frames: Sequence[Any]) -> bool:
         """Send at once; return whether the connection is there."""
+        self._stir()
         try:
             small = len(frames) <= _COPIED_FRAMES
             self._socket.send_multipart([channel, *frames], zmq.NOBLOCK, copy=small)

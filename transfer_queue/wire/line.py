@@ -21,6 +21,7 @@ from transfer_queue.wire.stream import HIGH_WATER_MARK, Stream
 LINGER_S = 0.25
 
 _COPIED_FRAMES = 2
+_READABLE = int(zmq.POLLIN)
 
 
 class Line(Protocol):
@@ -200,7 +201,7 @@ class ZmqLine:
     def read(self) -> None: ...
 
     def next(self) -> list[Any] | None:
-        if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
             return None
         frames: list[Any] = [self._socket.recv(zmq.NOBLOCK)]
         while self._socket.getsockopt(zmq.RCVMORE):

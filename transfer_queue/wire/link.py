@@ -189,9 +189,10 @@ class Link:
                 self._go_on()
 
     def _take_message(self, frames: Sequence[Any]) -> None:
-        request_id = read_header(frames[0]).request_id
+        header = read_header(frames[0])
+        request_id = header.request_id
         try:
-            message: Any = decode(frames)[1]
+            message: Any = decode(frames, header)[1]
         except DecodeError as error:
             message = error
         if request_id == 0:

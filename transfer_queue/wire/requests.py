@@ -73,6 +73,7 @@ class RequestIds:
 SUFFIX_BYTES = 6
 
 _IDLE_S = 600.0
+_SWEEP_S = 10.0
 
 
 class Answered(NamedTuple):
@@ -102,6 +103,7 @@ class RequestTable:
     def __init__(self, *, clients: int = 4096, answers: int = 4096) -> None:
         self._clients: Bounded[str, _Client] = Bounded(clients)
         self._answers = answers
+        self._next_sweep = 0.0
 
     def find(self, client_id: str, request_id: int, floor: int) -> Ticket | Answered | None:
         """Return what is known of a request: its ticket if it waits, its answer if it had one, None if it is new.
@@ -113,7 +115,9 @@ class RequestTable:
             client = _Client()
             self._clients.put(client_id, client)
         client.heard = time.monotonic()
-        self._forget_idle(client.heard - _IDLE_S)
+        if client.heard >= self._next_sweep:
+            self._next_sweep = client.heard + _SWEEP_S
+            self._forget_idle(client.heard - _IDLE_S)
         client.floor = max(client.floor, floor)
         while client.answers and next(iter(client.answers)) < client.floor:
             client.answers.popitem(last=False)
@@ -158,6 +162,5 @@ class RequestTable:
         return client.answers.pop(request_id)
 
     def _forget_idle(self, before: float) -> None:
-        oldest = self._clients.oldest()
-        if oldest is not None and oldest[1].heard < before and not oldest[1].waiting:
+        while (oldest := self._clients.oldest()) is not None and oldest[1].heard < before and not oldest[1].waiting:
             self._clients.pop(oldest[0])

@@ -121,11 +121,10 @@ class Server:
         while not self._closing:
             wait_s = self._do_what_is_due()
             self._settle()
-            if self._tcp is not None and self._tcp.pending:
+            if self._tcp is not None and self._tcp.stirred:
+                self._tcp.receive()
                 wait_s = 0.0
             self._watch.wait(wait_s)
-            if self._tcp is not None:
-                self._tcp.receive()
             self._settle()
         self._settle()
         self._end()

@@ -32,6 +32,7 @@ MAX_DEPTH = 32  # of tuples, sets and object arrays; lists and dicts may nest so
 TUPLE, SET, FROZENSET, BIG_INT, COMPLEX, INT64S, SCALAR, ARRAY, OBJECT_ARRAY, TENSOR, PICKLE = range(1, 12)
 
 _MARK = 0xC1
+_INT64 = np.dtype("<i8")
 _HEAD = struct.Struct("<BQQ")
 _COMPLEX = struct.Struct("<dd")
 _TRUSTED_CLAIM = 1 << 17
@@ -196,6 +197,8 @@ class Unpacking:
         return items
 
     def _restore(self, code: int, data: bytes) -> Any:
+        if code == INT64S:  # most of what messages hold
+            return restore_int64s(data)
         restore = _RESTORE.get(code)
         if restore is None:
             raise DecodeError(f"unknown extension type {code}")
@@ -220,7 +223,7 @@ def restore_int64s(data: bytes) -> arrays.Array:
     """Return a read-only view of `data`."""
     if len(data) % 8:
         raise DecodeError(f"an int64 array cannot have {len(data)} bytes")
-    return np.frombuffer(data, np.dtype("<i8"))
+    return np.frombuffer(data, _INT64)
 
 
 _RESTORE: dict[int, _Restore] = {
@@ -229,7 +232,6 @@ _RESTORE: dict[int, _Restore] = {
     FROZENSET: lambda u, data: frozenset(u.items(data)),
     BIG_INT: lambda u, data: int.from_bytes(data, "little", signed=True),
     COMPLEX: lambda u, data: complex(*_COMPLEX.unpack(data)),
-    INT64S: lambda u, data: restore_int64s(data),
     SCALAR: lambda u, data: arrays.scalar_from_parts(*u.items(data, 2)),
     ARRAY: lambda u, data: arrays.array_from_parts(u.take_segment(), *u.items(data, 2)),
     OBJECT_ARRAY: lambda u, data: arrays.object_array_from_parts(*u.items(data, 3)),
