@@ -68,7 +68,7 @@ class Ledger:
         self._drawing = Drawing(self._rows, self._lookup, sampler, num_n_samples)
         self._undoable: OrderedDict[Ticket, DrawRecord] = OrderedDict()
         self._refused: list[Answer] = []  # parked requests that a change made impossible
-        self._stirred: set[str] = set()  # partitions in which more may be served than before
+        self._stirred: dict[str, set[str] | None] = {}  # partitions in which more may be served; None: to any task
         self._window_freed = False
         self.reports = Reports(self._rows, self._drawing, self._waiting)
 
@@ -93,7 +93,8 @@ class Ledger:
     def set_tags(self, request: SetTags) -> int:
         """Merge tags into rows; returns their number. Samplers may choose by them: waiting draws are tried again."""
         self._putting.set_tags(request)
-        self._stirred.update(partition.name for partition, _ in self._rows.owners(request.indexes))
+        for partition, _ in self._rows.owners(request.indexes):
+            self._stir(partition.name)
         return len(request.indexes)
 
     def seal_group(self, request: SealGroup) -> int:
@@ -103,7 +104,7 @@ class Ledger:
         for ready in partition.ready.values():
             for index in ready.group_indexes():
                 index.recheck(group)
-        self._stirred.add(partition.name)
+        self._stir(partition.name)
         return group.size
 
     def abort_group(self, request: AbortGroup) -> int:
@@ -138,13 +139,13 @@ class Ledger:
         if record is None:
             return False
         self._drawing.undo(record)
-        self._stirred.add(record.partition)
+        self._stir(record.partition)
         return True
 
     def reset(self, request: ResetConsumption) -> int:
         """Give back what a task, or every task, consumed or reserved in a partition; returns how many rows it has."""
         name = self._rows.name(request.partition_id, request.global_step)
-        self._stirred.add(name)
+        self._stir(name)
         self._settle_draws(name, request.task_name)
         return self._drawing.reset(name, request.task_name)
 
@@ -170,7 +171,7 @@ class Ledger:
             except TransferQueueError as error:
                 self._waiting.remove(waiting.ticket)
                 self._refused.append((waiting.ticket, error))
-            self._stirred.add(waiting.partition)
+            self._stir(waiting.partition)
         return made
 
     # ------------------------------------------------------------ waiting
@@ -182,9 +183,9 @@ class Ledger:
             if self._window_freed:
                 self._window_freed = False
                 answers.extend(self._serve_puts(now))
-            stirred, self._stirred = self._stirred, set()
+            stirred, self._stirred = self._stirred, {}
             for name in sorted(stirred):
-                answers.extend(self._serve_draws(name))
+                answers.extend(self._serve_draws(name, stirred[name]))
         for late in self._waiting.overdue(now):
             answers.append((late.ticket, self._too_late(late, now)))
         return answers
@@ -197,17 +198,27 @@ class Ledger:
     def _apply(self, request: Put, name: str, client: str, now: float) -> PutDone:
         done, touched = self._putting.apply(request, name, client, now)
         for partition, rows in touched:
-            partition.refresh(rows, tuple(spec.name for spec in request.columns))
-            if self._waiting.ready_keys(partition.name):
-                self._stirred.add(partition.name)
+            fields = tuple(spec.name for spec in request.columns)
+            partition.refresh(rows, fields)
+            if request.tags is None and request.group_ids is None:
+                self._stir(partition.name, self._waiting.tasks(partition.name, fields))
+            else:
+                self._stir(partition.name)
         return done
+
+    def _stir(self, partition: str, tasks: set[str] | None = None) -> None:
+        """More of a partition may be served now: to these tasks, or (None) to any."""
+        if tasks is None or self._stirred.get(partition, tasks) is None:
+            self._stirred[partition] = None
+        elif tasks:
+            self._stirred[partition] = tasks.union(self._stirred.get(partition) or ())
 
     def _answered(self, ticket: Ticket, drawn: Drawn, record: DrawRecord) -> Drawn:
         self._undoable[ticket] = record
         if len(self._undoable) > _UNDOABLE:
             self._undoable.popitem(last=False)
         if record.stirs:
-            self._stirred.add(record.partition)
+            self._stir(record.partition)
         return drawn
 
     def _settle_draws(self, name: str, task: str | None) -> None:
@@ -229,15 +240,14 @@ class Ledger:
             self._drawing.after_clear(partition)
         if partition.step is not None:
             self._window_freed = True
-        self._stirred.add(partition.name)
+        self._stir(partition.name)
         return len(rows)
 
-    def _serve_draws(self, name: str) -> list[Answer]:
+    def _serve_draws(self, name: str, tasks: set[str] | None) -> list[Answer]:
         answers: list[Answer] = []
-        partition = self._rows.partitions.get(name)
-        if partition is None:
+        if name not in self._rows.partitions:
             return answers
-        for task in sorted({task for task, _ in self._waiting.ready_keys(name)}):
+        for task in sorted(self._waiting.tasks(name) if tasks is None else tasks):
             hopeless: set[Any] = set()
             for waiting in self._waiting.draws(name, task):
                 if waiting.signature not in hopeless:

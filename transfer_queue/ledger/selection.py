@@ -250,9 +250,9 @@ def _as_rows(sampler: BaseSampler, chosen: Any) -> Int64s:
 
 def _checked(sampler: BaseSampler, chosen: Any, candidates: Sequence[int], view: RowsView) -> Int64s:
     """A row may be handed out once per draw, if it is one of those that the sampler was given."""
-    if chosen is view.given:
-        return view.given
     rows = _as_rows(sampler, chosen)
+    if rows is view.given:
+        return rows
     fits = view.holds(rows)
     if has_filter(sampler):
         fits &= np.isin(rows, np.asarray(candidates, dtype=np.int64))

@@ -6,8 +6,9 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from transfer_queue.ledger.partition import ready_key
@@ -29,11 +30,11 @@ class WaitingDraw:
     deadline: float
     order: int
 
-    @property
+    @cached_property
     def ready_key(self) -> tuple[str, tuple[str, ...]]:
         return ready_key(self.draw.task_name, self.draw.fields)
 
-    @property
+    @cached_property
     def signature(self) -> Hashable:
         alike = (self.draw.batch_size, self.draw.get_n_samples)
         return self.ready_key, self.order if self.draw.sampler_params else alike
@@ -102,9 +103,12 @@ class WaitingRoom:
         """Draws of one task, in order of arrival."""
         return list(self._draws.get((partition, task), {}).values())
 
-    def ready_keys(self, partition: str) -> list[tuple[str, tuple[str, ...]]]:
-        """The (task, field set)s that draws of this partition wait for."""
-        return list(self._sets.get(partition, ()))
+    def tasks(self, partition: str, fields: Collection[str] | None = None) -> set[str]:
+        """The tasks whose draws wait for this partition (and for one of `fields`, if given)."""
+        sets = self._sets.get(partition, ())
+        if fields is None:
+            return {task for task, _ in sets}
+        return {task for task, wanted in sets if not set(wanted).isdisjoint(fields)}
 
     def all_draws(self) -> list[WaitingDraw]:
         return [waiting for room in self._draws.values() for waiting in room.values()]
