@@ -1,10 +1,13 @@
 """The batches that are moved, and how every byte of them is read.
 
+Peers import this from an environment without this project: it needs torch, tensordict and NumPy only.
+
 B rows · T tokens of a row, other for each · D width of a dense row
 """
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +17,9 @@ import torch
 from tensordict import TensorDict
 
 from benchmarks.scale import Scale
+
+WIDE_ROWS = 256
+WIDE_FIELDS = (1, 8, 32, 128)
 
 _PROMPTS = ("How many primes lie between {} and {}?", "Sum of the digits of {} × {}?", "Greatest divisor of {} and {}?")
 
@@ -62,15 +68,39 @@ def small(scale: Scale) -> TensorDict:
     return TensorDict(fields, batch_size=[rows])
 
 
-BATCHES: dict[str, Callable[[Scale], TensorDict]] = {"dense": dense, "ragged": ragged, "small": small}
+def wide(scale: Scale, fields: int) -> TensorDict:
+    """The same bytes as so many fields [256, D] float32."""
+    width = scale.wide_bytes // (4 * WIDE_ROWS * fields)
+    make = torch.Generator().manual_seed(0)
+    columns = {f"field_{n}": torch.rand(WIDE_ROWS, width, generator=make) for n in range(fields)}
+    return TensorDict(columns, batch_size=[WIDE_ROWS])
+
+
+def wide_name(fields: int) -> str:
+    return f"wide, {fields} fields" if fields > 1 else "wide, 1 field"
+
+
+BATCHES: dict[str, Callable[[Scale], TensorDict]] = {
+    "dense": dense,
+    "ragged": ragged,
+    "small": small,
+    **{wide_name(fields): functools.partial(wide, fields=fields) for fields in WIDE_FIELDS},
+}
 
 
 # ---------------------------------------------------------------- reading
 
 
-def touch(batch: TensorDict) -> dict[str, int]:
+def touch(batch: TensorDict | dict[str, Any]) -> dict[str, int]:
     """Read every byte; return a checksum per field that does not depend on the order of the rows."""
-    return {str(name): _checksum(batch[name]) for name in batch.keys()}  # noqa: SIM118  iterating yields rows
+    return {str(name): _checksum(batch[str(name)]) for name in batch.keys()}  # noqa: SIM118  iterating yields rows
+
+
+def check(found: dict[str, int], expected: dict[str, int]) -> None:
+    """Raises `ValueError` if checksums differ."""
+    if found != expected:
+        wrong = [field for field, checksum in expected.items() if found.get(field) != checksum]
+        raise ValueError(f"what was read differs from what was put in {wrong}")
 
 
 def size_bytes(batch: TensorDict) -> int:
@@ -79,9 +109,15 @@ def size_bytes(batch: TensorDict) -> int:
 
 
 def _checksum(column: Any) -> int:
+    if isinstance(column, np.ndarray):
+        return _xor(column.reshape(-1))
     if not isinstance(column, torch.Tensor):
         return sum(zlib.crc32(text.encode()) for text in column)
     values = (column.values() if column.is_nested else column).reshape(-1).numpy()
+    return _xor(values)
+
+
+def _xor(values: np.ndarray) -> int:
     return int(np.bitwise_xor.reduce(values.view(f"u{values.itemsize}")))
 
 

@@ -1,19 +1,20 @@
-"""What was measured: series of durations, the one table they are printed as, the JSON they are kept in."""
+"""What was measured: series of durations, numbers, comparisons; the JSON they are kept in."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("transfer-queue", "torch", "tensordict", "numpy", "pyzmq", "msgpack", "ray")
+from benchmarks import tables
+from benchmarks.origin import origin
+
+FASTER = "× as fast as"
+LONGER = "× the time of"
+RATE = "× the rate of"
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Series:
     size_bytes  that each of them moved; None where the duration itself is what matters
     against     a series to compare with: share of its bytes per second, or multiple of its median
     skip        leading durations that are warm-up; the very first is reported on its own
+    x, axis     where it lies on a scaling curve: a number, and what it counts
+    workload, label  whose bar it is in the chart of what batch
     """
 
     case: str
@@ -30,6 +33,10 @@ class Series:
     size_bytes: int | None = None
     against: Series | None = None
     skip: int = 0
+    x: float | None = None
+    axis: str | None = None
+    workload: str | None = None
+    label: str | None = None
     durations_s: list[float] = field(default_factory=list)
 
     @property
@@ -42,8 +49,7 @@ class Series:
 
     @property
     def p99_s(self) -> float:
-        ordered = sorted(self.counted_s)
-        return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+        return quantile(self.counted_s, 0.99)
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -74,131 +80,147 @@ class Series:
             "gb_per_s": None if rate is None else rate / 1e9,
             "against": None if self.against is None else {"case": self.against.case, "measure": self.against.measure},
             "ratio": self.ratio,
+            "x": self.x,
+            "axis": self.axis,
+            "workload": self.workload,
+            "label": self.label,
         }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The same thing done in two ways, round by round; ratios are taken within each round.
+
+    ours, other  series whose durations of a round are added up
+    unit         `FASTER`: the other's time by ours; `LONGER`: ours by the other's; `RATE`: our bytes per second by the
+                 median of the other's, which was not measured in turn
+    at_least, at_most  what the project aims at, for the median
+    """
+
+    case: str
+    measure: str
+    against: str
+    ours: Sequence[Series]
+    other: Sequence[Series]
+    unit: str = FASTER
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def ratios(self) -> list[float]:
+        """One per round that both sides have finished."""
+        if self.unit == RATE:
+            floor = self.other[0].bytes_per_s if self.other[0].counted_s else None
+            size = self.ours[0].size_bytes
+            if floor is None or size is None:
+                return []
+            return [size / duration_s / floor for duration_s in _sums(self.ours)]
+        pairs = zip(_sums(self.ours), _sums(self.other), strict=False)
+        return [other / ours if self.unit == FASTER else ours / other for ours, other in pairs]
+
+    def record(self) -> dict[str, Any]:
+        ratios = self.ratios
+        median = statistics.median(ratios)
+        met = None
+        if self.at_least is not None or self.at_most is not None:
+            met = median >= (self.at_least or 0.0) and median <= (self.at_most or float("inf"))
+        return {
+            "case": self.case,
+            "measure": self.measure,
+            "against": self.against,
+            "unit": self.unit,
+            "median": median,
+            "p10": quantile(ratios, 0.1),
+            "p90": quantile(ratios, 0.9),
+            "n": len(ratios),
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "met": met,
+        }
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number that is no duration: bytes, a share, a rate."""
+
+    case: str
+    measure: str
+    value: float
+    unit: str
+    x: float | None = None
+    axis: str | None = None
+
+
 class Report:
-    """The series of one run, in the order in which they were begun; those without a counted duration are left out."""
+    """The figures of one run, in the order in which they were begun; series without a counted duration are left out.
+
+    benchmark  whose figures come next; kept with each of them
+    """
 
     def __init__(self, benchmark: str, settings: dict[str, Any]) -> None:
-        self._series: list[Series] = []
-        self._about = {"benchmark": benchmark, "settings": settings, **_origin()}
+        self.benchmark = benchmark
         self.complete = False
+        self._about = {"benchmark": benchmark, "settings": settings, **origin()}
+        self._series: list[tuple[str, Series]] = []
+        self._quantities: list[tuple[str, Quantity]] = []
+        self._comparisons: list[tuple[str, Comparison]] = []
+        self._peers: list[dict[str, Any]] = []
 
     def series(self, case: str, measure: str, **options: Any) -> Series:
         """Begin one."""
-        self._series.append(Series(case, measure, **options))
-        return self._series[-1]
+        series = Series(case, measure, **options)
+        self._series.append((self.benchmark, series))
+        return series
+
+    def quantity(self, case: str, measure: str, value: float, unit: str, **place: Any) -> None:
+        """Add a number that is no duration; `place` is `x` and `axis` of a scaling curve."""
+        self._quantities.append((self.benchmark, Quantity(case, measure, value, unit, **place)))
+
+    def compare(
+        self,
+        case: str,
+        measure: str,
+        against: str,
+        ours: Sequence[Series],
+        other: Sequence[Series],
+        unit: str = FASTER,
+        **aim: float | None,
+    ) -> None:
+        """Add a comparison; it follows the series as they grow. `aim` is `at_least` or `at_most`."""
+        self._comparisons.append((self.benchmark, Comparison(case, measure, against, ours, other, unit, **aim)))
+
+    def peer(self, label: str, versions: dict[str, str] | None = None, reason: str | None = None) -> None:
+        """Say that a peer was measured, with the versions of its packages, or why it was not or not wholly."""
+        entry = {"benchmark": self.benchmark, "peer": label, "versions": versions or {}, "reason": reason}
+        self._peers.append(entry)
 
     def find(self, case: str, measure: str) -> Series | None:
         """The series of that name, if it was begun."""
-        return next((one for one in self._series if (one.case, one.measure) == (case, measure)), None)
+        return next((one for _, one in self._series if (one.case, one.measure) == (case, measure)), None)
 
     def record(self) -> dict[str, Any]:
-        measured = [series.record() for series in self._measured()]
-        return {**self._about, "complete": self.complete, "measurements": measured}
+        return {
+            **self._about,
+            "complete": self.complete,
+            "measurements": [{"benchmark": of, **one.record()} for of, one in self._series if one.counted_s],
+            "quantities": [{"benchmark": of, **asdict(one)} for of, one in self._quantities],
+            "comparisons": [{"benchmark": of, **one.record()} for of, one in self._comparisons if one.ratios],
+            "peers": self._peers,
+        }
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.record(), indent=1) + "\n")
 
     def table(self) -> str:
-        header = ("case", "measure", "p50 ms", "p99 ms", "n", "first ms", "GB/s", "compared")
-        rows = [_cells(record) for record in (series.record() for series in self._measured())]
-        about = self._about
-        settings = " · ".join(f"{key} {value}" for key, value in about["settings"].items())
-        commit = f"{about['commit']} with changes" if about["changed"] else about["commit"]
-        lines = [
-            f"{about['benchmark']} · {settings}",
-            f"commit {commit} · {_machine_line(about['machine'])}",
-            "",
-            *_aligned([header, *rows]),
-        ]
-        if not self.complete:
-            lines.append("ended early: the figures are what was measured until then")
-        return "\n".join(lines)
-
-    def _measured(self) -> list[Series]:
-        return [series for series in self._series if series.counted_s]
+        return tables.text(self.record())
 
 
-def _cells(record: dict[str, Any]) -> tuple[str, ...]:
-    compared = ""
-    if record["ratio"] is not None:
-        share = f"{100 * record['ratio']:.3g} % of" if record["gb_per_s"] is not None else f"{record['ratio']:.2f} ×"
-        compared = f"{share} {record['against']['measure']}"
-    return (
-        record["case"],
-        record["measure"],
-        _number(record["p50_ms"]),
-        _number(record["p99_ms"]),
-        str(record["n"]),
-        "" if record["first_ms"] is None else _number(record["first_ms"]),
-        "" if record["gb_per_s"] is None else f"{record['gb_per_s']:.2f}",
-        compared,
-    )
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which that share of the others lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Text to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1, len(widths) - 1}
-    lines = []
-    for row in rows:
-        cells = zip(range(len(row)), row, widths, strict=True)
-        padded = [cell.ljust(width) if number in left else cell.rjust(width) for number, cell, width in cells]
-        lines.append("  ".join(padded).rstrip())
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-# ---------------------------------------------------------------- where it was measured
-
-
-def _origin() -> dict[str, Any]:
-    return {
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(_git("status", "--porcelain")),
-        "machine": {
-            "cpu": _first_value("/proc/cpuinfo", "model name"),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "kernel": platform.release(),
-            "load_1_min_at_start": os.getloadavg()[0],
-        },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-    }
-
-
-def _machine_line(machine: dict[str, Any]) -> str:
-    memory = machine["memory_bytes"] / 2**30
-    load = machine["load_1_min_at_start"]
-    return f"{machine['cores']} cores ({machine['cpu']}), {memory:.0f} GiB, load {load:.1f} at the start"
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about the folder of this file; None without git or outside a repository."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    """None for a checkout that is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _first_value(path: str, key: str) -> str | None:
-    for line in Path(path).read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return None
+def _sums(series: Sequence[Series]) -> list[float]:
+    """Per round, over the series; of the rounds that all of them have."""
+    return [sum(durations_s) for durations_s in zip(*(one.counted_s for one in series), strict=False)]

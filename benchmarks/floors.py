@@ -23,6 +23,7 @@ from benchmarks.scale import Scale
 
 CASE = "floor"
 MEMCPY = "memcpy, warm pages"
+GATHER = "gather of random 32 KiB rows, reused buffer"
 IPC_ROUND_TRIP = "ZeroMQ round trip, ipc"
 
 _ROW_BYTES = 32 << 10
@@ -59,9 +60,9 @@ def _measure_memory(report: Report, scale: Scale) -> None:
     size = source.nbytes
     _repeat(report, scale, MEMCPY, size, lambda: np.copyto(out, source))
     _repeat(report, scale, "read all, xor of the words", size, lambda: np.bitwise_xor.reduce(words))
-    take = "gather of random 32 KiB rows"
-    _repeat(report, scale, f"{take}, reused buffer", size, lambda: np.take(source, order, axis=0, out=out, mode="clip"))
-    _repeat(report, scale, f"{take}, fresh buffer", size, lambda: np.take(source, order, axis=0, mode="clip"))
+    _repeat(report, scale, GATHER, size, lambda: np.take(source, order, axis=0, out=out, mode="clip"))
+    fresh = GATHER.replace("reused", "fresh")
+    _repeat(report, scale, fresh, size, lambda: np.take(source, order, axis=0, mode="clip"))
 
 
 def _measure_shared_memory(report: Report, scale: Scale) -> None:

@@ -42,6 +42,11 @@ class Answer(Protocol):
 class Stage(ABC):
     """Started by a `Placement`, which also ends it."""
 
+    @property
+    @abstractmethod
+    def pid(self) -> int:
+        """Of the process that it runs in; waits for the calls that were begun before."""
+
     @abstractmethod
     def begin(self, method: str, *arguments: Any) -> Answer:
         """Start a call and return at once."""
@@ -85,6 +90,10 @@ class _ExecutorStage(Stage):
     def __init__(self, executor: Executor, run: Callable[..., Any]) -> None:
         self._executor = executor
         self._run = run
+
+    @property
+    def pid(self) -> int:
+        return self._executor.submit(os.getpid).result(PATIENCE_S)
 
     def begin(self, method: str, *arguments: Any) -> Future[Any]:
         return self._executor.submit(self._run, method, *arguments)
@@ -160,6 +169,9 @@ class _StageActor:
         transfer_queue.init({"runtime": "ray", "namespace": namespace})
         self._stage = kind(transfer_queue.get_client())
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._stage, method)(*arguments)
 
@@ -167,6 +179,10 @@ class _StageActor:
 class _RayStage(Stage):
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+
+    @property
+    def pid(self) -> int:
+        return int(_RayAnswer(self._actor.pid.remote()).result(PATIENCE_S))
 
     def begin(self, method: str, *arguments: Any) -> Answer:
         return _RayAnswer(self._actor.call.remote(method, *arguments))

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 Int64s: TypeAlias = NDArray[np.int64]
 
-CHUNK = 1024
+_CHUNK_BITS = 10
+CHUNK = 1 << _CHUNK_BITS
 
 
 class OrderedBits:
@@ -61,14 +62,13 @@ class OrderedBits:
         if len(changed) == 0:
             return changed
         self._bits[changed] = value
-        step = len(changed) if value else -len(changed)
-        first = int(changed[0]) // CHUNK
-        if int(changed.max()) // CHUNK == first == int(changed.min()) // CHUNK:
-            self._counts[first] += step
+        counts = np.bincount(changed >> _CHUNK_BITS, minlength=len(self._counts))
+        if value:
+            self._counts += counts
+            self.total += len(changed)
         else:
-            counts = np.bincount(changed // CHUNK, minlength=len(self._counts))
-            self._counts += counts if value else -counts
-        self.total += step
+            self._counts -= counts
+            self.total -= len(changed)
         return changed
 
     def _grow(self, length: int) -> None:

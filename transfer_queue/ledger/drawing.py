@@ -73,8 +73,9 @@ class Drawing:
         rows, consumed = chosen
         self._rows.table.task(draw.task_name).consumed[consumed] = 1
         partition.take(draw.task_name, consumed)
-        record = DrawRecord(name, draw, self._rows.table.handle(consumed))
-        return self._lookup.describe(name, rows, draw.fields, owners=[partition]), record
+        drawn = self._lookup.describe(name, rows, draw.fields, owners=[partition])
+        taken = Handle(rows, drawn.generations) if consumed is rows else self._rows.table.handle(consumed)
+        return drawn, DrawRecord(name, draw, taken)
 
     def _select(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Int64s, Int64s] | None:
         ready = partition.ready_set(draw.task_name, draw.fields)

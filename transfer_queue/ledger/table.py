@@ -95,13 +95,14 @@ class RowTable:
 
     def produced(self, rows: Int64s, fields: tuple[str, ...]) -> NDArray[np.bool_]:
         """[n] bool: every named field of the row is there; an unknown field is nowhere."""
-        there = np.ones(len(rows), dtype=np.bool_)
+        there: NDArray[np.bool_] | None = None
         for name in fields:
             column = self.columns.get(name)
             if column is None:
                 return np.zeros(len(rows), dtype=np.bool_)
-            there &= column.ready[rows].view(np.bool_)
-        return there
+            has = column.ready[rows].view(np.bool_)
+            there = has if there is None else np.logical_and(there, has, out=there)
+        return np.ones(len(rows), dtype=np.bool_) if there is None else there
 
     def available(self, rows: Int64s, fields: tuple[str, ...], task: TaskColumn) -> NDArray[np.bool_]:
         """[n] bool: produced, and neither consumed nor reserved by the task."""

@@ -103,11 +103,14 @@ class BatchMeta(HasCustomMeta, extras.HasExtraInfo):
         `produced` [B] 0/1; None: all 1. `tags` are the state that changes are told from.
         """
         size = len(indexes)
+        status = np.empty(size, np.int8) if produced is None else np.array(produced, np.int8)
+        if produced is None:
+            status.fill(1)
         table = Table(
             indexes=indexes,
             generations=generations,
             partitions=Coded.constant(partition_id, size),
-            status=np.ones(size, np.int8) if produced is None else np.array(produced, np.int8),
+            status=status,
             tags=Tags(size, tags),
             fields={name: fields[name] for name in sorted(fields)},
             locations=tuple(locations),

@@ -27,6 +27,7 @@ LINGER_S = 0.25
 Take: TypeAlias = Callable[[Hashable, Sequence[Any]], None]
 
 _BATCH = 256
+_TURN = 8
 _READABLE = int(zmq.POLLIN)
 _WAITING_CONNECTIONS = 4096
 _STRANGER_BYTES = 4096  # of a message, from a connection that has not proved the token
@@ -65,11 +66,12 @@ class Watch:
 class Visitor:
     """One connection at a Unix socket. A channel that nobody can name but the server."""
 
-    __slots__ = ("more", "sending", "stream")
+    __slots__ = ("more", "next", "sending", "stream")
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.sending = False  # the socket was full: the watch tells when it takes more
+        self.next: list[Any] | None = None  # a message that waits for the next turn
         self.more = False  # another of its messages is taken right after this one
 
 
@@ -84,6 +86,7 @@ class UnixDoor:
         self._take = take
         self._gate = gate
         self._visitors: dict[int, Visitor] = {}
+        self._busy: dict[Visitor, None] = {}
         self._full = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
@@ -126,23 +129,38 @@ class UnixDoor:
         self._watch.add(visitor.stream.fd, lambda: self._receive(visitor))
 
     def _receive(self, visitor: Visitor) -> None:
+        visitor.stream.read()
+        self._take_turn(visitor)
+
+    def go_on(self) -> bool:
+        """Give each connection that has sent more than it had a turn for another one; return whether some still have."""
+        busy, self._busy = self._busy, {}
+        for visitor in busy:
+            self._take_turn(visitor)
+        return bool(self._busy)
+
+    def _take_turn(self, visitor: Visitor) -> None:
+        """Take some messages: many from one connection must not keep the others waiting."""
         stream = visitor.stream
-        stream.read()
-        frames = stream.next()
-        while frames is not None:
-            following = stream.next()
-            visitor.more = following is not None
+        for left in reversed(range(_TURN)):
+            frames = visitor.next or stream.next()
+            if frames is None:
+                break
+            visitor.next = stream.next()
+            visitor.more = left > 0 and visitor.next is not None
             self._take(visitor, frames)
             if stream.limit_bytes < MAX_MESSAGE_BYTES and self._gate.client_of(visitor) is not None:
                 stream.limit_bytes = MAX_MESSAGE_BYTES
-            frames = following
         stream.flush()
         self._watch_sending(visitor)
-        if stream.broken:
+        if visitor.next is not None:
+            self._busy[visitor] = None
+        elif stream.broken:
             self._end(visitor)
 
     def _end(self, visitor: Visitor) -> None:
         del self._visitors[visitor.stream.fd]
+        self._busy.pop(visitor, None)
         self._watch.remove(visitor.stream.fd)
         visitor.stream.close(LINGER_S)
         self._gate.forget(visitor)

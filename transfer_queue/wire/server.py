@@ -121,6 +121,8 @@ class Server:
         while not self._closing:
             wait_s = self._do_what_is_due()
             self._settle()
+            if self._unix is not None and self._unix.go_on():
+                wait_s = 0.0
             if self._tcp is not None and self._tcp.stirred:
                 self._tcp.receive()
                 wait_s = 0.0

@@ -1,0 +1,1 @@
+"""Other ways to move the same batches between two processes of one host, measured in turn with ours."""
