@@ -38,6 +38,15 @@ class OrderedBits:
         self._grow(int(positions.max()) + 1)
         return self._flip(positions[~self._bits[positions]], True)
 
+    def add_range(self, begin: int, end: int) -> None:
+        """Add [begin, end), of which none is a member."""
+        self._grow(end)
+        self._bits[begin:end] = True
+        for chunk in range(begin >> _CHUNK_BITS, ((end - 1) >> _CHUNK_BITS) + 1):
+            start = chunk << _CHUNK_BITS
+            self._counts[chunk] += min(end, start + CHUNK) - max(begin, start)
+        self.total += end - begin
+
     def discard(self, positions: Int64s) -> Int64s:
         """Remove distinct positions of at least 0; return those that were members."""
         return self._flip(positions[self._bits.take(positions, mode="clip")], False)

@@ -197,9 +197,8 @@ class Ledger:
 
     def _apply(self, request: Put, name: str, client: str, now: float) -> PutDone:
         done, touched = self._putting.apply(request, name, client, now)
-        for partition, rows in touched:
-            fields = tuple(spec.name for spec in request.columns)
-            partition.refresh(rows, fields)
+        fields = tuple(spec.name for spec in request.columns)
+        for partition in touched:
             if request.tags is None and request.group_ids is None:
                 self._stir(partition.name, self._waiting.tasks(partition.name, fields))
             else:

@@ -79,7 +79,7 @@ class Drawing:
 
     def _select(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Int64s, Int64s] | None:
         ready = partition.ready_set(draw.task_name, draw.fields)
-        if len(ready) == 0:
+        if len(ready) < plan.least:
             return None
         return self.samplers.select(plan, draw, ready, self._rows.table)
 

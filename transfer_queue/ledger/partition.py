@@ -188,6 +188,13 @@ class Partition:
             if not changed.isdisjoint(ready.fields):
                 self._offer(ready, rows)
 
+    def offer_new(self, rows: Int64s, fields: tuple[str, ...]) -> None:
+        """The rows were inserted with these fields, in one run: tell the ready sets that ask for no others."""
+        ordinals = self.ordinals(rows)
+        for ready in self.ready.values():
+            if ready.fields.issubset(fields):
+                ready.add_new(ordinals)
+
     def take(self, task: str, rows: Int64s) -> None:
         """The rows are consumed or reserved by the task now."""
         ordinals = self.ordinals(rows)

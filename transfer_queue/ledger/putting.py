@@ -15,7 +15,7 @@ from transfer_queue.ledger.rows import Rows, Writer
 from transfer_queue.messages import Put, PutDone, SetTags
 
 Int64s: TypeAlias = NDArray[np.int64]
-Touched: TypeAlias = list[tuple[Partition, Int64s]]
+Positions: TypeAlias = list[tuple[Partition, Int64s]]  # which rows of a put are in which partition
 
 
 class Putting:
@@ -64,15 +64,16 @@ class Putting:
             return put.num_rows
         return sum(key not in known.keys for key in put.keys)
 
-    def apply(self, put: Put, name: str, client: str, now: float) -> tuple[PutDone, Touched]:
-        """Make the put visible; raises before it changes anything."""
+    def apply(self, put: Put, name: str, client: str, now: float) -> tuple[PutDone, list[Partition]]:
+        """Make the put visible, in the ready sets too; raises before it changes anything."""
         if put.block_id:
             self._rows.blocks.check_new(put.block_id)
+        inserted = False
         if put.indexes is not None:
             assert put.generations is not None
             rows, touched = self._named_rows(put, put.indexes, put.generations)
         else:
-            rows, touched = self._rows_of(put, name)
+            rows, touched, inserted = self._rows_of(put, name)
         writer = Writer(client, now)
         for partition, positions in touched:
             self._rows.write(partition, rows[positions], positions, put.columns, put.block_id, writer)
@@ -80,8 +81,14 @@ class Putting:
             self._rows.blocks.commit(put.block_id, len(rows) * len(put.columns))
         if put.tags is not None:
             self._merge_tags(rows, put.tags)
+        fields = tuple(spec.name for spec in put.columns)
+        for partition, positions in touched:
+            if inserted:
+                partition.offer_new(rows, fields)
+            else:
+                partition.refresh(rows[positions], fields)
         done = PutDone(partition_id=name, indexes=rows, generations=self._rows.table.generation[rows])
-        return done, [(partition, rows[positions]) for partition, positions in touched]
+        return done, [partition for partition, _ in touched]
 
     def set_tags(self, request: SetTags) -> None:
         """Merge tags into live rows."""
@@ -90,7 +97,7 @@ class Putting:
         self._rows.table.check_fresh(request.indexes, request.generations)
         self._merge_tags(request.indexes, request.tags)
 
-    def _named_rows(self, put: Put, rows: Int64s, generations: Int64s) -> tuple[Int64s, Touched]:
+    def _named_rows(self, put: Put, rows: Int64s, generations: Int64s) -> tuple[Int64s, Positions]:
         self._rows.table.check_fresh(rows, generations)
         if len(np.unique(rows)) != len(rows):
             raise InvalidArgument("a handle with repeated rows cannot be written to; select distinct rows first")
@@ -99,8 +106,8 @@ class Putting:
             partition.check_columns(put.columns)
         return rows, touched
 
-    def _rows_of(self, put: Put, name: str) -> tuple[Int64s, Touched]:
-        """Rows by key, new where the key is new; without keys all are new."""
+    def _rows_of(self, put: Put, name: str) -> tuple[Int64s, Positions, bool]:
+        """Rows by key, new where the key is new; without keys all are new. Last: whether all are."""
         known = self._rows.partitions.get(name)
         keys = put.keys or ()
         found = np.array([known.keys.get(key, -1) for key in keys] if known else [-1] * len(keys), dtype=np.int64)
@@ -119,7 +126,7 @@ class Putting:
             ids = [put.group_ids[position] for position in new.tolist()]
             ordinals = self._rows.table.ordinal[rows[new]]
             self._rows.table.group[rows[new]] = known.groups.add(ids, ordinals, self._group_size(put))
-        return rows, [(known, np.arange(len(rows)))]
+        return rows, [(known, np.arange(len(rows)))], len(new) == len(rows)
 
     def _check_groups(self, put: Put, known: Partition | None, rows: Int64s, new: Int64s) -> None:
         if put.group_ids is None:

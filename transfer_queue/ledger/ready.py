@@ -25,7 +25,7 @@ class ReadySet:
     def __init__(self, partition: Partition, task: str, fields: tuple[str, ...]) -> None:
         self.partition = partition
         self.task = task
-        self.fields = fields
+        self.fields = frozenset(fields)
         self._bits = OrderedBits()
         self._groups: dict[int, GroupIndex] = {}
 
@@ -34,6 +34,13 @@ class ReadySet:
 
     def add(self, ordinals: Int64s) -> None:
         self._tell_groups(self._bits.add(ordinals - self.partition.base), 1)
+
+    def add_new(self, ordinals: Int64s) -> None:
+        """The same for rows that were just inserted, whose ordinals follow each other."""
+        begin = int(ordinals[0]) - self.partition.base
+        self._bits.add_range(begin, begin + len(ordinals))
+        if self._groups:
+            self._tell_groups(ordinals - self.partition.base, 1)
 
     def discard(self, ordinals: Int64s) -> None:
         self._tell_groups(self._bits.discard(ordinals - self.partition.base), -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -44,6 +45,11 @@ class Plan:
     by_heads: bool  # whole groups on top of a sampler that knows none: it chooses among their first rows
     split: Split | None
     want: int  # rows of all ranks together
+
+    @cached_property
+    def least(self) -> int:
+        """With fewer ready rows the sampler need not be asked."""
+        return 1 if self.sampler.accepts_partial or has_filter(self.sampler) else self.want
 
 
 class SamplerBook:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -93,7 +94,7 @@ class RowTable:
             found = self.tasks[name] = TaskColumn(np.zeros(self.capacity, np.int8), np.zeros(self.capacity, np.bool_))
         return found
 
-    def produced(self, rows: Int64s, fields: tuple[str, ...]) -> NDArray[np.bool_]:
+    def produced(self, rows: Int64s, fields: Collection[str]) -> NDArray[np.bool_]:
         """[n] bool: every named field of the row is there; an unknown field is nowhere."""
         there: NDArray[np.bool_] | None = None
         for name in fields:
@@ -104,7 +105,7 @@ class RowTable:
             there = has if there is None else np.logical_and(there, has, out=there)
         return np.ones(len(rows), dtype=np.bool_) if there is None else there
 
-    def available(self, rows: Int64s, fields: tuple[str, ...], task: TaskColumn) -> NDArray[np.bool_]:
+    def available(self, rows: Int64s, fields: Collection[str], task: TaskColumn) -> NDArray[np.bool_]:
         """[n] bool: produced, and neither consumed nor reserved by the task."""
         free: NDArray[np.bool_] = (task.consumed[rows] == 0) & ~task.reserved[rows]
         return np.logical_and(self.produced(rows, fields), free)
