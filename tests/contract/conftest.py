@@ -1,4 +1,4 @@
-"""One suite, every way to reach a queue: in process, over a Unix socket, over TCP, in Ray actors; blocking and awaitable."""
+"""One suite, every way to reach a queue: in process, by Unix socket, by TCP, in Ray actors; blocking and awaitable."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from transfer_queue.errors import (
     UnknownName,
     WrongType,
 )
+from transfer_queue.messages import GetUnitStats
 
 
 def jagged(*lengths: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -310,6 +311,68 @@ def test_large_and_small_puts_free_their_space(queue: Any, partition: str) -> No
         )
         assert float(queue.get_data(meta, ["big"])["big"].sum()) == round_ * (64 << 18)
         queue.clear_samples(meta)
+
+
+def test_fields_shared_by_groups(queue: Any, partition: str, client: Any) -> None:
+    """A field declared shared is stored once per group; every row has its value, in memory of its own."""
+    images = torch.randint(0, 255, (3, 40_000), dtype=torch.uint8)
+    groups, of_rows = ["a"] * 4 + ["b"] * 4 + ["c"] * 4, [0] * 4 + [1] * 4 + [2] * 4
+    notes = [{"size": (2, n), "mean": images[n].float().mean()} for n in range(3)]
+    queue.put({"x": torch.arange(2)}, partition_id=partition)
+    stored = _bytes_live(client)
+    put = queue.put(
+        {"x": torch.arange(12), "image": images[of_rows], "note": notes},
+        partition_id=partition,
+        group_ids=groups,
+        group_size=4,
+        shared_fields=["image", "note"],
+    )
+    assert queue.put({"mask": images > 99}, metadata=put, shared_fields=["mask"]) is put
+    assert _bytes_live(client) - stored < 1.1 * 2 * images.nbytes
+    order = [11, 0, 4, 4, 1, 8]
+    for copy in (True, False):
+        for meta in (put, put.select_samples(order), put.select_samples([0, 4, 8]), put[5:7]):
+            rows = [of_rows[row] for row in queue.get_data(meta, ["x"])["x"].tolist()]
+            got = queue.get_data(meta, copy=copy)
+            assert torch.equal(got["image"], images[rows]) and torch.equal(got["mask"], images[rows] > 99)
+            assert [note["size"] for note in got["note"].tolist()] == [(2, row) for row in rows]
+            got["image"][0] = 7
+            assert torch.equal(got["image"][1:], images[rows[1:]])
+    gone, left = put.select_samples([0, 1, 2, 4, 5, 6, 7]), put.select_samples([3, 10])
+    queue.clear_samples(gone)
+    assert torch.equal(queue.get_data(left, ["image"])["image"], images[[0, 2]])
+    for field in ("image", "mask", "note"):
+        with pytest.raises(StaleSampleError):
+            queue.get_data(gone[:1], [field])
+    assert _bytes_live(client) - stored < 1.1 * 2 * images[:2].nbytes
+    queue.put({"image": images[1].repeat(2, 1)}, metadata=left)
+    assert torch.equal(queue.get_data(left, ["image", "mask"])["image"], images[[1, 1]])
+    assert torch.equal(queue.get_data(left)["mask"], images[[0, 2]] > 99)
+    queue.clear_partition(partition)
+    assert _bytes_live(client) <= stored
+
+
+def _bytes_live(client: Any) -> int:
+    """Bytes of live rows in the one unit of the queue, which the client met when it put."""
+    report = client._core.transfer.units.get(1).peer.begin(GetUnitStats()).result(10)
+    return int(report.entries["bytes_live"])
+
+
+def test_shared_fields_need_groups_and_names(queue: Any, partition: str) -> None:
+    """A wrong declaration is refused with what is missing, and nothing is put."""
+    plain = queue.put({"x": torch.arange(2)}, partition_id=partition)
+    put = {"partition_id": partition, "group_ids": ["g", "g"], "group_size": 2}
+    for error, match, data, options in [
+        (InvalidArgument, "give group_ids as well", {"image": torch.zeros(2)}, {"partition_id": partition}),
+        (InvalidArgument, "2 of 2 rows of metadata have no group_id", {"image": torch.zeros(2)}, {"metadata": plain}),
+        (UnknownName, "'image', which data does not have.*did you mean 'images'", {"images": torch.zeros(2)}, put),
+        (WrongType, "must be a list of str, not 'image'", {"image": torch.zeros(2)}, put | {"shared_fields": "image"}),
+        (InvalidArgument, "3 entries for 2 rows of 1 groups", {"image": torch.zeros(3)}, put),
+        (InvalidArgument, "row 0 is str of length 1, row 1 is int", {"image": ["a", 2]}, put),
+    ]:
+        with pytest.raises(error, match=match):
+            queue.put(data, **({"shared_fields": ["image"]} | options))
+    assert queue.audit(partition)["partitions"][partition]["inserted"] == 2
 
 
 def test_empty_metas(queue: Any) -> None:

@@ -75,9 +75,14 @@ class Unit:
         assert isinstance(reserved, Reserved)
         return reserved
 
-    def put(self, values: np.ndarray[Any, Any], holder: ProcessId | None = None) -> int:
-        """Store rows [n, width] as field "x" in a span of their own; return the block id."""
-        plan = block_of(values)
+    def put(
+        self,
+        values: np.ndarray[Any, Any],
+        holder: ProcessId | None = None,
+        references: np.ndarray[Any, Any] | None = None,
+    ) -> int:
+        """Store rows [n, width], or values and which of them the rows share, as field "x"; return the block id."""
+        plan = block_of(values, references)
         span = self.reserve(plan.size_bytes, holder)
         self.ask(Write(span=span.span, offset=0, frames=tuple(image_parts(plan, span.first_block))))
         self.tell(ReturnSpan(span=span.span))
@@ -104,9 +109,10 @@ class Unit:
         self.service.tick()
 
 
-def block_of(values: np.ndarray[Any, Any]) -> Any:
+def block_of(values: np.ndarray[Any, Any], references: np.ndarray[Any, Any] | None = None) -> Any:
     spec = ColumnSpec(name="x", layout="dense", dtype="uint8", shape=values.shape[1:])
-    return plan_block([EncodedColumn(spec, [np.ascontiguousarray(values).reshape(-1)])], len(values))
+    column = EncodedColumn(spec, [np.ascontiguousarray(values).reshape(-1)], references=references)
+    return plan_block([column], len(values if references is None else references))
 
 
 def unpacked(found: Fetched, rows: int) -> list[np.ndarray[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from transfer_queue.storage.block import (
     read_head,
     write_block,
 )
-from transfer_queue.storage.gather import Pick, RowSet, pick
+from transfer_queue.storage.gather import Pick, RowSet, distinct, pick
 
 Rows = list[np.ndarray[Any, Any]]
 
@@ -41,6 +42,11 @@ def column(name: str, layout: str, rows: Rows) -> EncodedColumn:
     offsets = np.cumsum([0, *(row.size for row in rows)])
     spec = ColumnSpec(name=name, layout=layout, dtype="float32", shape=None)
     return EncodedColumn(spec, values, offsets, np.array([row.shape for row in rows], np.int64))
+
+
+def shared(columns: list[EncodedColumn], references: list[int]) -> list[EncodedColumn]:
+    """The same values, shared by rows."""
+    return [dataclasses.replace(column, references=np.array(references, np.int64)) for column in columns]
 
 
 def place(memory: np.ndarray[Any, Any], start: int, columns: list[EncodedColumn], rows: int) -> tuple[Block, int]:
@@ -112,9 +118,43 @@ def test_any_rows_of_any_puts_come_back_in_the_order_asked_for(
     put_in = {made[number][0] for number, _ in chosen}
     if found.spec.layout == "dense":
         assert put_in == {"dense"} and len({row.shape for row in wanted}) == 1
-    piece = found.contiguous()
-    if piece is not None:
-        np.testing.assert_array_equal(piece, values_of(found))
+    stored = found.stored()
+    if stored is not None:
+        memory, start = stored
+        np.testing.assert_array_equal(memory[start : start + found.size_bytes], values_of(found))
+
+
+@settings(max_examples=100, deadline=None)
+@given(puts(), st.data())
+def test_rows_that_share_values_are_as_rows_that_have_their_own(
+    made: list[tuple[str, Rows]], data: st.DataObject
+) -> None:
+    """Whatever rows of whatever blocks refer to whatever values, each gets its own, and `distinct` finds who shares."""
+    memory = np.zeros(1 << 18, np.uint8)
+    blocks, everything, end = [], [], 0
+    for number, (layout, rows) in enumerate(made):
+        references = data.draw(
+            st.permutations([*range(len(rows)), *data.draw(st.lists(st.sampled_from(range(len(rows)))))])
+        )
+        columns = [column("x", layout, rows)]
+        if data.draw(st.booleans()):
+            columns = shared(columns, references)
+        else:
+            references = list(range(len(rows)))
+        block, end = place(memory, end, columns, len(references))
+        blocks.append(block)
+        everything += [(number, slot, value) for slot, value in enumerate(references)]
+    chosen = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=12))
+    which, slots, values = np.array(chosen, np.int64).T
+    [found] = pick("x", RowSet(blocks, which, slots))
+    for row, (number, _, value) in zip(rows_of(found), chosen, strict=True):
+        np.testing.assert_array_equal(row, made[number][1][value])
+    alike = distinct("x", RowSet(blocks, which, slots))
+    positions, numbers = (np.arange(len(chosen)),) * 2 if alike is None else alike
+    np.testing.assert_array_equal(which[positions[numbers]], which)
+    np.testing.assert_array_equal(values[positions[numbers]], values)
+    if any(block.columns["x"].shared for block in blocks):
+        assert len(positions) == len(set(zip(which.tolist(), values.tolist(), strict=True)))
 
 
 @pytest.mark.parametrize("width", [1, 8, 24, 700])
@@ -197,13 +237,14 @@ def test_columns_start_on_cache_lines() -> None:
 def test_damaged_bytes_give_a_typed_error_or_stay_inside_the_block(changes: list[tuple[int, int]], head: bool) -> None:
     """Whatever bytes change, reading raises one of our errors or returns some rows; it never leaves the block."""
     rows = [np.ones((4, 2), np.float32), np.ones((1, 2), np.float32)]
-    plan = plan_block([column("x", "ragged", rows), column("s", "shaped", rows), column("d", "dense", rows[:1] * 2)], 2)
+    columns = [column("x", "ragged", rows), column("s", "shaped", rows), column("d", "dense", rows[:1] * 2)]
+    plan = plan_block([*columns, *shared([column("r", "ragged", rows), column("e", "dense", rows[:1] * 2)], [0, 1])], 2)
     memory = np.zeros(plan.size_bytes, np.uint8)
     write_block(plan, memory, 5)
     for at, byte in changes:
         memory[at % (HEADER_BYTES + len(plan.directory) if head else plan.size_bytes)] = byte
     slots = np.array([1, 0], np.int64)
-    for field in "xsd":
+    for field in "xsdre":
         try:
             block = Directories().open_block(memory, 0, 5)
             for found in pick(field, RowSet([block], slots * 0, slots)):

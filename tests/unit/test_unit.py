@@ -128,6 +128,42 @@ def test_short_runs_of_cleared_rows_wait_for_their_block(unit: Unit) -> None:
     assert stats["bytes_free"] == stats["bytes_arenas"]
 
 
+def test_a_shared_value_is_kept_until_its_last_row_is_cleared(unit: Unit) -> None:
+    """Two values of 8 KiB for six rows: each goes with the last of its rows; cleared rows are refused at once."""
+    block = unit.put(rows(2, 8192), references=ids(0, 1, 0, 1, 0, 1))
+    before = unit.stats()
+    assert before["bytes_live"] < 2 * 8192 + 1024
+    unit.tell(clear(block, [0, 2, 1]))
+    assert unit.stats() == before
+    with pytest.raises(StaleSampleError, match=f"1 rows of block {block}"):
+        unit.read(block, [2, 4])
+    unit.tell(clear(block, [4]))
+    after = unit.stats()
+    assert before["bytes_live"] - after["bytes_live"] == 8192
+    assert after["bytes_free"] - before["bytes_free"] > 8192 - 128
+    unit.put(np.full((1, 8192 - 1024), 255, np.uint8))
+    np.testing.assert_array_equal(unit.read(block, [5, 3]), rows(2, 8192)[[1, 1]])
+    pinned = unit.ask(Pin(blocks=ids(block), holder=process_id()))
+    assert pinned.freed_slots.tolist() == [0, 1, 2, 4]
+    unit.tell(clear(block, [3, 5]))
+    assert unit.stats()["bytes_pinned"] >= 8192
+    unit.tell(Unpin(pin=pinned.pin))
+    assert unit.stats()["bytes_pinned"] == 0
+    unit.tell(free(block))
+
+
+def test_a_shared_value_is_fetched_once(unit: Unit) -> None:
+    """Rows of one value, or of several blocks, travel as values and references; only new values count for the limit."""
+    block, own = unit.put(rows(3, 8192), references=ids(2, 0, 1, 2, 0, 2)), unit.put(rows(2, 8192, first=9))
+    blocks, slots = ids(block, block, own, block, block), ids(0, 3, 1, 5, 1)
+    found = unit.ask(Fetch(blocks=blocks, slots=slots, fields=("x",), max_bytes=1 << 20))
+    assert sum(len(frame) for frame in found.frames) < 3 * 8192 + 1024
+    [values] = unpacked(found, 5)
+    assert values[:, 0].tolist() == [3, 3, 10, 3, 1] and (values == values[:, :1]).all()
+    for limit, count in ((1, 2), (2 * 8192, 4), (3 * 8192, 5)):
+        assert unit.ask(Fetch(blocks=blocks, slots=slots, fields=("x",), max_bytes=limit)).rows == count
+
+
 def test_a_pin_keeps_bytes_until_it_ends(unit: Unit) -> None:
     """Rows and blocks cleared under a pin keep their bytes; they are free with the last unpin."""
     block, partly = unit.put(rows(4, 8192)), unit.put(rows(4, 8192))
@@ -204,9 +240,10 @@ def test_aborted_blocks_are_freed(unit: Unit) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("pppfccnu"), st.integers(0, 1 << 30)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from("ppssfccnu"), st.integers(0, 1 << 30)), max_size=40))
 def test_live_rows_are_never_overwritten_and_all_space_comes_back(steps: list[tuple[str, int]]) -> None:
-    """Random puts, clears, frees and pins: what is not cleared keeps its bytes, and in the end everything is free."""
+    """Random puts, of rows and of shared values, clears, frees and pins: what is not cleared keeps its bytes, and in
+    the end everything is free."""
     with ServerFolder("random") as folder:
         unit = Unit(folder.path, capacity_bytes=2 * MIB, arena_bytes=MIB)
         stored: dict[int, tuple[np.ndarray[Any, Any], set[int]]] = {}
@@ -217,6 +254,10 @@ def test_live_rows_are_never_overwritten_and_all_space_comes_back(steps: list[tu
                 if kind == "p" and len(stored) < 8:
                     values = rows(1 + seed % 20, 1 + seed % 6000, first=seed % 200)
                     stored[unit.put(values)] = (values, set(range(len(values))))
+                elif kind == "s" and len(stored) < 8:
+                    values = rows(1 + seed % 5, 1 + seed % 6000, first=seed % 200)
+                    shared = np.random.default_rng(seed).permutation(np.arange(len(values) + seed % 11) % len(values))
+                    stored[unit.put(values, references=shared)] = (values[shared], set(range(len(shared))))
                 elif kind == "n" and block is not None:
                     pins.append(unit.ask(Pin(blocks=ids(block), holder=process_id())).pin)
                 elif kind == "u" and pins:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable
 
-import numpy as np
-
 from transfer_queue.errors import ConnectionLost
-from transfer_queue.storage.arena import map_file
-from transfer_queue.storage.block import Bytes
+from transfer_queue.storage.mapping import Bytes, map_file, map_privately
 
 
 class ArenaMaps:
@@ -39,24 +35,13 @@ class ArenaMaps:
                 os.close(descriptor)
         return known
 
-    def place_of(self, part: Bytes) -> tuple[str, int] | None:
-        """Return the file and the offset in it of a view of an arena; None for other memory."""
-        address = part.ctypes.data
-        for path, memory in list(self._known.items()):
-            start = address - memory.ctypes.data
-            if 0 <= start <= memory.nbytes - part.nbytes:
-                return path, start
-        return None
+    def path_of(self, memory: Bytes) -> str | None:
+        """Return the file of an arena that `view` returned; None for other memory."""
+        return next((path for path, known in list(self._known.items()) if known is memory), None)
 
     def clear(self) -> None:
         """Forget all mappings; each ends with its last view."""
         self._known.clear()
-
-
-class _PrivateMap(mmap.mmap):
-    """A mapping that keeps something alive as long as it lives itself."""
-
-    hold: object
 
 
 class Hold:
@@ -66,15 +51,12 @@ class Hold:
 
 
 def private_view(path: str, start: int, size_bytes: int, hold: Hold) -> Bytes:
-    """Map [start, +size_bytes) of a file copy-on-write: writable, and writes stay in this view."""
-    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    """Map [start, +size_bytes) of an arena copy-on-write: writable, and writes stay in the views of the result."""
     descriptor = _open(path, os.O_RDONLY)
     try:
-        mapping = _PrivateMap(descriptor, start - first + size_bytes, access=mmap.ACCESS_COPY, offset=first)
+        return map_privately(descriptor, start, size_bytes, hold)
     finally:
         os.close(descriptor)
-    mapping.hold = hold
-    return np.frombuffer(mapping, np.uint8)[start - first :]
 
 
 class Releaser:

@@ -18,6 +18,7 @@ from tensordict import (
 
 from transfer_queue.client.decoding import decode_column
 from transfer_queue.client.encoding import encode_array, encode_list, encode_rows, encode_tensor
+from transfer_queue.client.sharing import Encoder, Sharing, encode_shared
 from transfer_queue.errors import EncodeError, InvalidArgument, UnknownName, WrongType, nearest
 from transfer_queue.storage.block import EncodedColumn
 from transfer_queue.storage.gather import GatheredColumn
@@ -25,25 +26,32 @@ from transfer_queue.storage.gather import GatheredColumn
 LAYOUTS = ("as_put", "jagged", "dense")
 
 _Encoded = tuple[int, EncodedColumn]
+_Entry = tuple[Any, Encoder]  # a column, and what encodes it
 
 
-def encode(data: Any, *, allow_pickle: bool = False) -> tuple[int, list[EncodedColumn]]:
+def encode(data: Any, *, allow_pickle: bool = False, sharing: Sharing | None = None) -> tuple[int, list[EncodedColumn]]:
     """Return (number of rows, columns) of a `TensorDict` or a mapping of field names to columns.
 
     The columns look at the caller's memory where it is contiguous and on the CPU: it must not change until they are
-    written. Tensors elsewhere are copied to the CPU. Raises `InvalidArgument` for columns that are not one entry per
-    row or are dictionaries of tensors themselves, `EncodeError` naming field, row and type of what cannot be stored.
+    written. Tensors elsewhere are copied to the CPU. Fields of `sharing` may have one entry per group of rows instead.
+    Raises `InvalidArgument` for columns that are not one entry per row or are dictionaries of tensors themselves,
+    `UnknownName` for shared fields that are not there, `EncodeError` naming field, row and type of what cannot be
+    stored.
     """
     if isinstance(data, TensorDictBase) or is_tensor_collection(data):
         if not data.batch_size:
             raise InvalidArgument("a TensorDict to put needs a batch size: its first dimension counts the rows")
         rows = int(data.batch_size[0])
-        encoded = {name: _encode_entry(data, name, rows, allow_pickle) for name in _names(data.keys())}
+        entries = {name: _entry(data, name, rows) for name in _names(data.keys())}
     elif isinstance(data, Mapping):
         rows = -1
-        encoded = {name: _encode_column(name, data[name], allow_pickle) for name in _names(data)}
+        entries = {name: _column(data[name]) for name in _names(data)}
     else:
         raise WrongType(f"data must be a TensorDict or a mapping of fields, not {type(data).__name__}")
+    if sharing is None:
+        encoded = {name: encoder(name, value, allow_pickle) for name, (value, encoder) in entries.items()}
+    else:
+        encoded = _encode_sharing(entries, allow_pickle, sharing)
     return _agreed(rows, encoded), [column for _, column in encoded.values()]
 
 
@@ -71,21 +79,33 @@ def empty() -> TensorDict:
 # ---------------------------------------------------------------- one column
 
 
-def _encode_entry(data: Any, name: str, rows: int, allow_pickle: bool) -> _Encoded:
-    """Encode an entry of a `TensorDict`; what is not a tensor is one value per row, or one for all."""
+def _entry(data: Any, name: str, rows: int) -> _Entry:
+    """Return an entry of a `TensorDict` as a column; what is not a tensor is one value per row, or one for all."""
     try:
         value = data.get(name)
     except RuntimeError:
         if not isinstance(data, LazyStackedTensorDict):
             raise
-        return encode_list(name, [row.get(name) for row in data.unbind(0)], allow_pickle)
+        return [row.get(name) for row in data.unbind(0)], encode_list
     if isinstance(value, NonTensorStack):
-        return _encode_values(name, value.tolist(), allow_pickle)
+        return value.tolist(), _encode_values
     if isinstance(value, NonTensorData):
-        return _encode_values(name, _entries(value.data, rows), allow_pickle)
+        return _entries(value.data, rows), _encode_values
     if isinstance(value, torch.Tensor) or is_tensor_collection(value):
-        return _encode_column(name, value, allow_pickle)
-    return _encode_values(name, _entries(value, rows), allow_pickle)
+        return value, _encode_column
+    return _entries(value, rows), _encode_values
+
+
+def _column(value: Any) -> _Entry:
+    """Return an entry of a mapping as a column."""
+    if isinstance(value, torch.Tensor):
+        return value, _encode_column
+    if isinstance(value, NonTensorStack):
+        return value.tolist(), _encode_values
+    if isinstance(value, NonTensorData):
+        shape = value.batch_size
+        return _entries(value.data, int(shape[0]) if shape else 1), _encode_values
+    return value, _encode_column
 
 
 def _encode_column(name: str, value: Any, allow_pickle: bool) -> _Encoded:
@@ -93,11 +113,6 @@ def _encode_column(name: str, value: Any, allow_pickle: bool) -> _Encoded:
         return encode_tensor(name, value)
     if isinstance(value, np.ndarray):
         return encode_array(name, value, allow_pickle)
-    if isinstance(value, NonTensorStack):
-        return _encode_values(name, value.tolist(), allow_pickle)
-    if isinstance(value, NonTensorData):
-        shape = value.batch_size
-        return _encode_values(name, _entries(value.data, int(shape[0]) if shape else 1), allow_pickle)
     if is_tensor_collection(value) or isinstance(value, Mapping):
         raise InvalidArgument(
             f"field {name!r} is a {type(value).__name__}: put its entries as fields of their own, or one dict per row"
@@ -123,6 +138,18 @@ def _entries(payload: Any, rows: int) -> list[Any]:
 
 
 # ---------------------------------------------------------------- all columns
+
+
+def _encode_sharing(entries: Mapping[str, _Entry], allow_pickle: bool, sharing: Sharing) -> dict[str, _Encoded]:
+    unknown = [name for name in sharing.fields if name not in entries]
+    if unknown:
+        raise UnknownName(f"shared_fields names {unknown[0]!r}, which data does not have{nearest(unknown[0], entries)}")
+    return {
+        name: encode_shared(name, value, encoder, sharing, allow_pickle)
+        if name in sharing.fields
+        else encoder(name, value, allow_pickle)
+        for name, (value, encoder) in entries.items()
+    }
 
 
 def _names(keys: Any) -> list[str]:

@@ -5,7 +5,7 @@ error of a reply, but also KeyboardInterrupt and cancellation. So an operation c
 `finally` or `except`, and may yield further steps there. What comes of each:
 
     Notify, Compute   done, in either driver, also when the coroutine is closed without being awaited to its end
-    Call              awaited as ever; in a coroutine that is being closed it raises GeneratorExit again
+    Call, Wait        awaited as ever; in a coroutine that is being closed they raise GeneratorExit again
 
 A request under way when the interrupt comes is withdrawn first. A `Compute` in a worker thread is waited for, because
 it may be writing into memory that the operation is about to give up.
@@ -14,12 +14,13 @@ it may be writing into memory that the operation is about to give up.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from transfer_queue.client.steps import Call, Compute, Notify, Operation, Step
+from transfer_queue.client.steps import Call, Compute, Notify, Operation, Step, Wait
 from transfer_queue.errors import TransferQueueError
 from transfer_queue.messages import Reply
 from transfer_queue.wire.peer import Pending
@@ -115,6 +116,8 @@ def _perform(step: Step | list[Call]) -> Any:
             return peer.notify(request)
         case Compute(function):
             return function()
+        case Wait(future, timeout_s):
+            return bool(concurrent.futures.wait([future], timeout_s).done)
         case _:
             return _perform_all(step)
 
@@ -165,6 +168,9 @@ async def _aperform(step: Step | list[Call]) -> Any:
             return await _in_worker(function)
         case Notify() | Compute():
             return _perform(step)
+        case Wait(future, timeout_s):
+            done, _ = await asyncio.wait([asyncio.wrap_future(future)], timeout=timeout_s)
+            return bool(done)
         case _:
             calls = [call.peer.acall(call.request, call.timeout_s) for call in step]
             return _without_errors(await asyncio.gather(*calls, return_exceptions=True))

@@ -5,6 +5,7 @@ n rows · L elements of a row along its first dimension
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,12 +136,19 @@ def _bytes_of(tensor: torch.Tensor) -> Bytes:
 
 
 def _dtype_name(name: str, tensor: torch.Tensor) -> str:
-    dtype = str(tensor.dtype).removeprefix("torch.")
     try:
-        item_bytes(dtype)
+        return _stored_name(tensor.dtype)
     except ValueError as error:
+        dtype = str(tensor.dtype).removeprefix("torch.")
         raise EncodeError(f"field {name!r} has dtype {dtype}, which cannot be stored") from error
-    return dtype
+
+
+@functools.cache
+def _stored_name(dtype: torch.dtype) -> str:
+    """Return the name of an element type; ValueError if it cannot be stored."""
+    name = str(dtype).removeprefix("torch.")
+    item_bytes(name)
+    return name
 
 
 # ---------------------------------------------------------------- values

@@ -8,11 +8,13 @@ An operation is a generator: it yields a step and receives its result, or the er
                                                    others are still awaited, then the first error is raised
     yield Notify(peer, request)                 -> None, at once
     yield Compute(function, size_bytes)         -> function(); off the event loop if it moves many bytes
+    yield Wait(future, timeout_s)               -> whether the future, which another operation ends, is done by then
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -46,5 +48,13 @@ class Compute(Generic[T]):
     size_bytes: int
 
 
-Step: TypeAlias = Call | Notify | Compute[Any]
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A blocking caller may stand in the way of the event loop that ends the future: keep `timeout_s` short."""
+
+    future: Future[None]
+    timeout_s: float
+
+
+Step: TypeAlias = Call | Notify | Compute[Any] | Wait
 Operation: TypeAlias = Generator[Step | list[Call], Any, R]

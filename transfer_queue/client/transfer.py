@@ -16,7 +16,8 @@ import numpy as np
 from transfer_queue.client.arenas import ArenaMaps, Hold, Releaser, private_view
 from transfer_queue.client.buffers import DEFAULT_IDLE_BYTES, BufferPool
 from transfer_queue.client.fetching import Fetching
-from transfer_queue.client.steps import Call, Compute, Notify, Operation
+from transfer_queue.client.results import copied
+from transfer_queue.client.steps import Call, Compute, Notify, Operation, Wait
 from transfer_queue.client.units import Connect, KnownUnits, Place, UnitHandle, span_memory
 from transfer_queue.errors import CapacityExceeded, ConnectionLost, StaleSampleError
 from transfer_queue.messages import (
@@ -56,6 +57,7 @@ SHARED_SPAN_BYTES = 1 << 20
 WRITES_IN_FLIGHT = 4
 
 _REFRESH_S = 30.0
+_SPAN_WAIT_S = 0.1
 _VIEW_BYTES = 1 << 16  # smaller columns are copied, also where a view was asked for
 
 
@@ -140,18 +142,29 @@ def _refresh(transfer: Transfer, timeout_s: float) -> Operation[None]:
 
 
 def _share(transfer: Transfer, unit: UnitHandle, plan: BlockPlan) -> Operation[Place | None]:
-    """Claim a place in the span of the small puts; None if the unit has no room for such a span now."""
-    place = unit.span.carve(plan)
+    """Claim a place in the span of the small puts; None if the unit has no room for such a span now.
+
+    One of many concurrent puts asks for the next span, the others wait for it.
+    """
+    late = None
+    while (place := unit.span.carve(plan)) is None:
+        asked = unit.span.ask(late)
+        if asked is None:
+            break
+        late = None if (yield Wait(asked, _SPAN_WAIT_S)) else asked
     if place is not None:
         return place
     try:
         span: Reserved = yield Call(unit.peer, _reserve(SHARED_SPAN_BYTES, 0.0), 0.0)
+        old = unit.span.replace(span, span_memory(transfer.maps, span))
     except CapacityExceeded:
         return None
-    old = unit.span.replace(span, span_memory(transfer.maps, span))
+    finally:
+        unit.span.answered()
+    place = unit.span.carve(plan)
     if old is not None:
         yield Notify(unit.peer, ReturnSpan(span=old))
-    return unit.span.carve(plan)
+    return place
 
 
 def _store_alone(transfer: Transfer, unit: UnitHandle, plan: BlockPlan, timeout_s: float) -> Operation[int]:
@@ -246,7 +259,7 @@ def load(
         parts = [part for name in fields for part in picks[name]]
         if not copy and pins:
             views.append(transfer.releaser.hold(_unpinning(pins)))
-        work = Compute(lambda: _copied(transfer, parts, views), sum(part.size_bytes for part in parts))
+        work = Compute(lambda: _filled(transfer, parts, views), sum(part.size_bytes for part in parts))
         columns: list[GatheredColumn] = yield work
         found = iter(columns)
         return {name: [next(found) for _ in picks[name]] for name in fields}
@@ -323,6 +336,7 @@ def _mapped(transfer: Transfer, blocks: Int64s, pinned: Pinned) -> dict[int, Blo
 
 def _fetching(transfer: Transfer, unit: UnitHandle, location: Location, fields: Sequence[str]) -> Fetching:
     rows = np.flatnonzero(location.blocks >> UNIT_SHIFT == unit.info.number)
+    rows = rows[np.lexsort((location.slots[rows], location.blocks[rows]))]  # rows that share a value come together
     names = tuple(name for name in location.fields if name in fields)
     return Fetching(unit.peer, names, rows, location.blocks[rows], location.slots[rows], transfer.directories)
 
@@ -353,19 +367,38 @@ def _row_set(location: Location, local: dict[int, Block], fetches: Sequence[Fetc
     return RowSet(blocks, which, slots)
 
 
-def _copied(transfer: Transfer, parts: Sequence[Pick], views: Sequence[Hold]) -> list[GatheredColumn]:
-    columns = []
-    for part in parts:
-        values = _view(transfer, part, views[0]) if views else None
-        if values is None:
-            values = transfer.pool.take(part.size_bytes)
-            part.copy_into(values)
-        columns.append(gathered(part, values))
-    return columns
+def _filled(transfer: Transfer, parts: Sequence[Pick], views: Sequence[Hold]) -> list[GatheredColumn]:
+    """Give every part its values: views where they were asked for and can be had, else copies."""
+    values: list[Bytes | None] = _views(transfer, parts, views[0]) if views else [None] * len(parts)
+    missing = [number for number, found in enumerate(values) if found is None]
+    for number, copy in zip(missing, copied(transfer.pool, [parts[number] for number in missing]), strict=True):
+        values[number] = copy
+    return [gathered(part, found) for part, found in zip(parts, values, strict=True) if found is not None]
 
 
-def _view(transfer: Transfer, part: Pick, hold: Hold) -> Bytes | None:
-    """Map the values of a part privately, if they lie in one piece of an arena."""
-    stored = part.contiguous() if part.size_bytes >= _VIEW_BYTES else None
-    place = None if stored is None else transfer.maps.place_of(stored)
-    return None if place is None else private_view(*place, part.size_bytes, hold)
+def _views(transfer: Transfer, parts: Sequence[Pick], hold: Hold) -> list[Bytes | None]:
+    """Map the values of those parts privately that lie in one piece of an arena: once for all parts of an arena."""
+    places = [_place(transfer, part) for part in parts]
+    reach: dict[str, tuple[int, int]] = {}
+    for part, place in zip(parts, places, strict=True):
+        if place is not None:
+            path, start = place
+            low, high = reach.get(path, (start, start))
+            reach[path] = min(low, start), max(high, start + part.size_bytes)
+    maps = {path: private_view(path, low, high - low, hold) for path, (low, high) in reach.items()}
+    views: list[Bytes | None] = []
+    for part, place in zip(parts, places, strict=True):
+        if place is None:
+            views.append(None)
+        else:
+            path, start = place
+            at = start - reach[path][0]
+            views.append(maps[path][at : at + part.size_bytes])
+    return views
+
+
+def _place(transfer: Transfer, part: Pick) -> tuple[str, int] | None:
+    """Return the arena and the offset in it where the values of a part lie in one piece; None if it is to be copied."""
+    stored = part.stored() if part.size_bytes >= _VIEW_BYTES else None
+    path = None if stored is None else transfer.maps.path_of(stored[0])
+    return None if stored is None or path is None else (path, stored[1])

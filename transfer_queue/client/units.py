@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -36,6 +37,27 @@ class SharedSpan:
         self._span: Reserved | None = None
         self._memory: Bytes = np.empty(0, np.uint8)
         self._count = self._end = 0  # blocks carved, and where the last one ends
+        self._asked: Future[None] | None = None  # ends when the next span is here, or will not come
+
+    def ask(self, late: Future[None] | None) -> Future[None] | None:
+        """None: the caller is to ask for the next span, and to call `answered` in any case. Else: it is asked for.
+
+        late  what the caller waited for in vain: it asks in place of the one who did, the others wait for it
+        """
+        with self._lock:
+            asked = self._asked
+            if asked is not None and asked is not late:
+                return asked
+            self._asked = Future()
+        if asked is not None:
+            asked.set_result(None)
+        return None
+
+    def answered(self) -> None:
+        with self._lock:
+            asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.set_result(None)
 
     def carve(self, plan: BlockPlan) -> Place | None:
         """Claim the next place in the span; None if there is no span or no room in it."""

@@ -23,8 +23,9 @@ from transfer_queue.client.arguments import (
     whole_number,
 )
 from transfer_queue.client.core import ClientCore
+from transfer_queue.client.sharing import Sharing
 from transfer_queue.client.steps import Call, Notify, Operation
-from transfer_queue.errors import ConnectionLost, DeadlineExceeded, TransferQueueError
+from transfer_queue.errors import ConnectionLost, DeadlineExceeded, InvalidArgument, TransferQueueError
 from transfer_queue.messages import (
     AbortBlocks,
     AbortGroup,
@@ -40,6 +41,7 @@ from transfer_queue.messages import (
     SetTags,
 )
 from transfer_queue.metadata import BatchMeta
+from transfer_queue.storage.block import EncodedColumn
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -58,6 +60,7 @@ def put(
     tags: Tags | None = None,
     group_ids: Sequence[int | str] | None = None,
     group_size: int | None = None,
+    shared_fields: Sequence[str] | None = None,
     timeout: float | None = None,
 ) -> Operation[BatchMeta]:
     """Write rows of fields; what was put is visible to everyone, whole, when this returns.
@@ -68,17 +71,26 @@ def put(
     many rows a group will have (default: the controller's `num_n_samples`); `tags` are small dicts that travel with
     the metadata and merge with those that are there.
 
+    `shared_fields` have one value for all rows of a group in this put: it is stored once. They may come with an entry
+    per row, of which that of the group's first row is stored, or with an entry per group, in the order in which the
+    groups first appear. With `metadata` the groups are those that it knows of its rows.
+
     Raises, with nothing visible: `StaleSampleError` if rows of `metadata` were cleared, `CapacityExceeded` if there is
-    no room until the timeout, `InvalidArgument` for rows that disagree in length or a changed dtype, `EncodeError`.
+    no room until the timeout, `InvalidArgument` for rows that disagree in length or a changed dtype, shared fields
+    without groups or with entries of several forms in one group, `UnknownName` for a shared field that is not in
+    `data`, `EncodeError`.
     """
     timeout_s = timeout_seconds(timeout)
-    num_rows, encoded = (None, []) if data is None else columns.encode(data, allow_pickle=core.allow_pickle)
+    if metadata is not None:
+        check_handle(metadata, partition_id, global_step, keys, group_ids)
+    groups = None if group_ids is None else tuple(group_of(group) for group in group_ids)
+    sharing = _sharing(shared_fields, groups, metadata)
+    num_rows, encoded = _encoded(core, data, sharing)
     if metadata is None:
         partition, step = address(partition_id, global_step)
         count = agreed_rows(data=num_rows, keys=keys, tags=tags, group_ids=group_ids)
         request = new_rows(partition, step, count)
     else:
-        check_handle(metadata, partition_id, global_step, keys, group_ids)
         count = agreed_rows(data=num_rows, metadata=metadata, tags=tags)
         request = same_rows(metadata)
         metadata.update_custom_meta(tags)
@@ -86,7 +98,7 @@ def put(
     request = request | {
         "keys": None if keys is None else names_of("keys", keys),
         "tags": tags_of(tags),
-        "group_ids": None if group_ids is None else tuple(group_of(group) for group in group_ids),
+        "group_ids": groups,
         "group_size": group_size,
     }
     return (yield from put_rows(core, request, encoded, timeout_s, metadata))
@@ -145,6 +157,36 @@ def reset_consumption(core: ClientCore, partition_id: str | int, task_name: str 
 
 
 # ---------------------------------------------------------------- inside
+
+
+def _encoded(
+    core: ClientCore, data: Data | None, sharing: Sharing | None
+) -> tuple[int | None, Sequence[EncodedColumn]]:
+    """The number of rows, None if there is no data, and the columns."""
+    if data is None and sharing is None:
+        return None, ()
+    return columns.encode({} if data is None else data, allow_pickle=core.allow_pickle, sharing=sharing)
+
+
+def _sharing(
+    shared_fields: Sequence[str] | None, group_ids: Sequence[int | str] | None, metadata: BatchMeta | None
+) -> Sharing | None:
+    """Which rows share what; groups of one id in two partitions are two."""
+    fields = () if shared_fields is None else names_of("shared_fields", shared_fields)
+    if not fields:
+        return None
+    if group_ids is not None:
+        return Sharing.of(fields, group_ids)
+    if metadata is None:
+        raise InvalidArgument("shared_fields are shared by the rows of a group: give group_ids as well")
+    known = metadata.group_ids or [None] * len(metadata)
+    without = [row for row, group in zip(metadata.global_indexes, known, strict=True) if group is None]
+    if without:
+        raise InvalidArgument(
+            f"shared_fields are shared by the rows of a group, but {len(without)} of {len(metadata)} rows of metadata "
+            f"have no group_id (global indexes {', '.join(map(str, without[:10]))})"
+        )
+    return Sharing.of(fields, list(zip(metadata.partition_ids, known, strict=True)))
 
 
 def put_rows(

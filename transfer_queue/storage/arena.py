@@ -1,22 +1,20 @@
 """Shared-memory files, and the free space in them.
 
 A file is reserved when it is created, so that full memory is an error there and never a fault at a write, and its
-pages are filled in before it is offered, because first touch of a page is many times slower than the copy into it.
+pages are filled in before it is offered, because first touch of a page is many times slower than the copy into it;
+they are huge pages where the kernel has some.
 It never changes its size. Space is reused warm; a file goes away only when it is empty and a larger one needs room.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from transfer_queue.errors import CapacityExceeded
 from transfer_queue.extents import Extents
+from transfer_queue.storage.mapping import make_huge, map_file
 
 PAGE_BYTES = 4096
 DEFAULT_ARENA_BYTES = 64 << 20
@@ -34,20 +32,18 @@ class Arena:
         self.size_bytes = size_bytes
         self.extents = Extents(size_bytes)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._huge_bytes = 0  # from the start: huge pages, filled already
         try:
-            os.posix_fallocate(descriptor, 0, size_bytes)
+            os.ftruncate(descriptor, size_bytes)
             self.memory = map_file(descriptor, size_bytes)
+            if size_bytes <= free_bytes(path.parent):
+                self._huge_bytes = make_huge(descriptor, self.memory)
+            os.posix_fallocate(descriptor, 0, size_bytes)
         except OSError as error:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
                 raise
-            free = free_bytes(path.parent)
-            raise CapacityExceeded(
-                f"no capacity for {size_bytes} more bytes of shared memory: {free} bytes are free in {path.parent}; "
-                "clear samples, lower capacity_bytes, or give the container a larger /dev/shm",
-                needed_bytes=size_bytes,
-                free_bytes=free,
-            ) from error
+            raise no_memory(path.parent, size_bytes) from error
         finally:
             os.close(descriptor)
 
@@ -59,7 +55,7 @@ class Arena:
         zeros = bytes(_FILL_BYTES)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            for start in range(0, self.size_bytes, _FILL_BYTES):
+            for start in range(self._huge_bytes, self.size_bytes, _FILL_BYTES):
                 os.pwrite(descriptor, zeros[: self.size_bytes - start], start)
         finally:
             os.close(descriptor)
@@ -138,15 +134,21 @@ class Arenas:
             self.members.pop().close()
 
 
-def map_file(descriptor: int, size_bytes: int) -> NDArray[np.uint8]:
-    """Map a file shared and writable; the mapping ends with the last view of the array."""
-    return np.frombuffer(mmap.mmap(descriptor, size_bytes), np.uint8)
-
-
 def free_bytes(folder: Path) -> int:
     """Return how many bytes the file system of `folder` can still take."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
+
+
+def no_memory(folder: Path, size_bytes: int) -> CapacityExceeded:
+    """Return the error that the file system of `folder` cannot take so much."""
+    free = free_bytes(folder)
+    return CapacityExceeded(
+        f"no capacity for {size_bytes} more bytes of shared memory: {free} bytes are free in {folder}; "
+        "clear samples, lower capacity_bytes, or give the container a larger /dev/shm",
+        needed_bytes=size_bytes,
+        free_bytes=free,
+    )
 
 
 def round_to_pages(size_bytes: int) -> int:

@@ -2,7 +2,10 @@
 
     header      64 bytes, see `_HEADER`: identity, sizes, state
     directory   MessagePack: per column its `ColumnSpec` and where its pieces lie
-    pieces      per column its values, offsets and shapes, each on a multiple of 64 bytes
+    pieces      per column its values, offsets, shapes and references, each on a multiple of 64 bytes
+
+A column has one value per row, in order; or, where rows share values, fewer values and a reference per row, which says
+which value is the row's.
 
 The header is written first, with the length of the whole block, so that the blocks of a span can be walked while
 they are being filled; its state becomes `SEALED` last. Everything behind the header is trusted only within the
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 
 from transfer_queue.errors import DecodeError
 from transfer_queue.messages import ColumnSpec
+from transfer_queue.storage.shares import Copy, run_all
 
 Bytes: TypeAlias = NDArray[np.uint8]  # [size], contiguous
 Int64s: TypeAlias = NDArray[np.int64]
@@ -42,12 +46,13 @@ _MAX_RANK = 64
 
 @dataclass(frozen=True, slots=True)
 class EncodedColumn:
-    """A column ready to be written: n rows as flat buffers, the caller's own memory where possible."""
+    """A column ready to be written: m values as flat buffers, the caller's own memory where possible."""
 
     spec: ColumnSpec
     values: Sequence[Bytes]  # one behind the other
-    offsets: Int64s | None = None  # [n + 1]
-    shapes: Int64s | None = None  # [n, rank]
+    offsets: Int64s | None = None  # [m + 1]
+    shapes: Int64s | None = None  # [m, rank]
+    references: Int64s | None = None  # [rows], covers 0 … m - 1; None: value i is that of row i
 
     @property
     def size_bytes(self) -> int:
@@ -90,6 +95,12 @@ class StoredColumn:
     offsets_at: int
     shapes_at: int
     rank: int  # of a "shaped" row; else 0
+    shared: int | None  # how many values the rows share; None: each has its own
+    references_at: int
+
+    def values_of(self, rows: int) -> int:
+        """How many values there are for so many rows."""
+        return rows if self.shared is None else self.shared
 
     @property
     def row_bytes(self) -> int:
@@ -130,7 +141,8 @@ def plan_block(columns: Iterable[EncodedColumn], rows: int) -> BlockPlan:
             at = aligned(at)
         spec = column.spec
         rank = column.shapes.shape[1] if column.shapes is not None else 0
-        entries.append((spec.name, spec.layout, spec.dtype, spec.shape, rank, places))
+        shared = None if column.references is None else int(column.references.max()) + 1
+        entries.append((spec.name, spec.layout, spec.dtype, spec.shape, rank, shared, places))
     directory = msgpack.packb(entries)
     base = aligned(HEADER_BYTES + len(directory))
     pieces = tuple((base + offset, buffer) for offset, buffer in buffers)
@@ -145,8 +157,7 @@ def carve(plan: BlockPlan, memory: Bytes, block_id: int) -> None:
 def fill_block(plan: BlockPlan, memory: Bytes) -> None:
     """Copy directory and pieces behind the header, and seal the block."""
     memory[HEADER_BYTES : HEADER_BYTES + len(plan.directory)] = np.frombuffer(plan.directory, np.uint8)
-    for offset, buffer in plan.pieces:
-        memory[offset : offset + buffer.nbytes] = buffer
+    run_all([Copy(memory[offset : offset + buffer.nbytes], buffer) for offset, buffer in plan.pieces])
     memory[_STATE_AT] = SEALED
 
 
@@ -219,7 +230,7 @@ def _read_directory(raw: bytes, head: BlockHead) -> dict[str, StoredColumn]:
     try:
         entries = msgpack.unpackb(raw)
         columns = [_read_entry(entry, base) for entry in entries]
-    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, msgpack.UnpackException) as error:
         raise DecodeError(f"the directory of block {head.block_id} is damaged: {error}") from error
     for column in columns:
         _check_bounds(column, head)
@@ -227,7 +238,7 @@ def _read_directory(raw: bytes, head: BlockHead) -> dict[str, StoredColumn]:
 
 
 def _read_entry(entry: Any, base: int) -> StoredColumn:
-    name, layout, dtype, shape, rank, places = entry
+    name, layout, dtype, shape, rank, shared, places = entry
     if type(name) is not str or type(rank) is not int or not 0 <= rank <= _MAX_RANK:
         raise ValueError("a column has no name or no rank")
     if layout in TENSOR_LAYOUTS:
@@ -236,24 +247,31 @@ def _read_entry(entry: Any, base: int) -> StoredColumn:
         raise ValueError(f"unknown layout {layout!r}")
     if shape is not None and not all(type(dim) is int and dim >= 0 for dim in shape):
         raise ValueError(f"no column has the shape {shape}")
+    if shared is not None and (type(shared) is not int or shared < 1):
+        raise ValueError(f"rows cannot share {shared!r} values")
     spec = ColumnSpec(name=name, layout=layout, dtype=dtype, shape=None if shape is None else tuple(shape))
     values_at, values_bytes = places[0]
-    at = [base + start for start, _ in places[1:]] + [0, 0]
-    return StoredColumn(spec, base + values_at, values_bytes, at[0], at[1], rank)
+    at = [base + start for start, _ in places[1:]]
+    references_at = 0 if shared is None else at.pop()
+    at += [0, 0]
+    return StoredColumn(spec, base + values_at, values_bytes, at[0], at[1], rank, shared, references_at)
 
 
 def _check_bounds(column: StoredColumn, head: BlockHead) -> None:
     """Every byte that the layout of a column implies must lie inside its block."""
+    values = column.values_of(head.rows)
     pieces = [(column.values_at, column.values_bytes)]
     if has_offsets(column.spec.layout):
-        pieces.append((column.offsets_at, 8 * (head.rows + 1)))
-    elif column.values_bytes != column.row_bytes * head.rows:
+        pieces.append((column.offsets_at, 8 * (values + 1)))
+    elif column.values_bytes != column.row_bytes * values:
         raise DecodeError(
             f"column {column.spec.name!r} of block {head.block_id} has {column.values_bytes} bytes "
-            f"for {head.rows} rows of {column.row_bytes}"
+            f"for {values} values of {column.row_bytes}"
         )
     if column.spec.layout == "shaped":
-        pieces.append((column.shapes_at, 8 * head.rows * column.rank))
+        pieces.append((column.shapes_at, 8 * values * column.rank))
+    if column.shared is not None:
+        pieces.append((column.references_at, 8 * head.rows))
     for at, size in pieces:
         if type(at) is not int or type(size) is not int or at < HEADER_BYTES or size < 0 or at + size > head.size_bytes:
             raise DecodeError(f"column {column.spec.name!r} reaches beyond its block {head.block_id}")
@@ -279,7 +297,8 @@ def aligned(size: int) -> int:
 
 
 def _indexes(column: EncodedColumn) -> Iterable[Int64s]:
-    return (np.ascontiguousarray(array) for array in (column.offsets, column.shapes) if array is not None)
+    arrays = (column.offsets, column.shapes, column.references)
+    return (np.ascontiguousarray(array) for array in arrays if array is not None)
 
 
 _ITEM_BYTES = {

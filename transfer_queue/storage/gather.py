@@ -7,12 +7,15 @@ Rows that were put in different forms become one column if they can: tensors of 
 differ in their first dimension only, else "shaped". What cannot share a column (tensors and objects, other ranks,
 other types) becomes several picks, each with the positions of its rows.
 
+Where rows of a block share values, a row stands for the value that it refers to, and is copied for each of them.
+
 B rows of a request · n rows of a block
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,13 +27,53 @@ from transfer_queue.storage.block import TENSOR_LAYOUTS, Block, StoredColumn, ha
 from transfer_queue.storage.ranges import Bytes, Int64s, copy_ranges, copy_rows, take_int64s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RowSet:
-    """B rows, in order: row i is slot `slots[i]` of `blocks[which[i]]`."""
+    """B rows, in order: row i is slot `slots[i]` of `blocks[which[i]]`. What all fields need is found out once."""
 
     blocks: Sequence[Block]
     which: Int64s
     slots: Int64s
+
+    def at(self, positions: Int64s) -> RowSet:
+        """Return some of these rows."""
+        return RowSet(self.blocks, self.which[positions], self.slots[positions])
+
+    @functools.cached_property
+    def inside(self) -> bool:
+        """Whether every block has the slots that are asked of it."""
+        sizes = np.fromiter((block.head.rows for block in self.blocks), np.int64, len(self.blocks))
+        return not len(self.slots) or bool(self.slots.min() >= 0 and (self.slots < sizes[self.which]).all())
+
+    @functools.cached_property
+    def alike(self) -> bool:
+        """Whether all blocks have the same columns at the same places."""
+        return all(block.columns is self.blocks[0].columns for block in self.blocks)
+
+    @functools.cached_property
+    def memories(self) -> list[Bytes]:
+        """The distinct memories of the blocks."""
+        return list({id(block.memory): block.memory for block in self.blocks}.values())
+
+    @functools.cached_property
+    def memory_of(self) -> Int64s | None:
+        """[B] of each row, the number of its memory; None if there is only one."""
+        if len(self.memories) == 1:
+            return None
+        numbers = {id(memory): number for number, memory in enumerate(self.memories)}
+        return np.fromiter((numbers[id(block.memory)] for block in self.blocks), np.int64, len(self.blocks))[self.which]
+
+    @functools.cached_property
+    def origins(self) -> Int64s:
+        """[B] of each row, where its block starts."""
+        return np.fromiter((block.start for block in self.blocks), np.int64, len(self.blocks))[self.which]
+
+    def each(self, columns: Sequence[StoredColumn], attribute: str) -> Int64s | int:
+        """Return a number that every column has: [B] that of the column of each row, or that of all."""
+        if self.alike:
+            found: int = getattr(columns[0], attribute)
+            return found
+        return np.fromiter((getattr(column, attribute) for column in columns), np.int64, len(columns))[self.which]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +95,42 @@ class Pick:
 
     def copy_into(self, out: Bytes) -> None:
         """Write the values to `out`, which has exactly `size_bytes`."""
-        if self.column is not None and self.slots is not None:
-            assert isinstance(self.row_sizes, int)
-            copy_rows(self.column, self.row_sizes, self.slots, out)
-        else:
-            copy_ranges(self.memories, self.memory_of, self.starts, self.row_sizes, out)
+        self.copy_rows_into(out, 0, self.rows)
 
-    def contiguous(self) -> Bytes | None:
-        """Return the stored bytes themselves if they lie in one piece of one memory in the order of the request."""
+    def copy_rows_into(self, out: Bytes, first: int, last: int) -> None:
+        """Write the values of the rows [first, last) to their places in `out`, which has exactly `size_bytes`."""
+        rows = slice(first, last)
+        if isinstance(self.row_sizes, int):
+            sizes: Int64s | int = self.row_sizes
+            begin, end = first * self.row_sizes, last * self.row_sizes
+        else:
+            sizes = self.row_sizes[rows]
+            begin = int(self.row_sizes[:first].sum())
+            end = begin + int(sizes.sum())
+        if self.column is not None and self.slots is not None:
+            assert isinstance(sizes, int)
+            copy_rows(self.column, sizes, self.slots[rows], out[begin:end])
+        else:
+            memory_of = None if self.memory_of is None else self.memory_of[rows]
+            copy_ranges(self.memories, memory_of, self.starts[rows], sizes, out[begin:end])
+
+    def stored(self) -> tuple[Bytes, int] | None:
+        """Return the memory and the offset in it where all values lie in one piece in the order of the request."""
         if self.size_bytes == 0 or (self.memory_of is not None and (self.memory_of != self.memory_of[0]).any()):
             return None
-        sizes = np.broadcast_to(np.asarray(self.row_sizes, np.int64), self.starts.shape)
-        if (self.starts[:-1] + sizes[:-1] != self.starts[1:]).any():
+        sizes = self.row_sizes if isinstance(self.row_sizes, int) else self.row_sizes[:-1]
+        if (self.starts[:-1] + sizes != self.starts[1:]).any():
             return None
-        memory = self.memories[0 if self.memory_of is None else int(self.memory_of[0])]
-        start = int(self.starts[0])
-        return memory[start : start + self.size_bytes]
+        return self.memories[0 if self.memory_of is None else int(self.memory_of[0])], int(self.starts[0])
 
 
 def pick(field: str, rows: RowSet) -> list[Pick]:
     """Find the rows of a field; nothing is copied. One pick, unless the rows cannot share a column."""
     columns = [_column(block, field) for block in rows.blocks]
-    sizes = np.fromiter((block.head.rows for block in rows.blocks), np.int64, len(rows.blocks))
-    if len(rows.slots) and (rows.slots.min() < 0 or (rows.slots >= sizes[rows.which]).any()):
+    if not rows.inside:
         raise DecodeError(f"a slot of field {field!r} lies outside its block: the handle does not fit the stored data")
+    if rows.alike:
+        return [_find(columns, rows, None)]
     forms: dict[tuple[object, ...], list[int]] = {}
     for number, column in enumerate(columns):
         spec = column.spec
@@ -97,23 +152,55 @@ def _column(block: Block, field: str) -> StoredColumn:
     return column
 
 
+def distinct(field: str, rows: RowSet) -> tuple[Int64s, Int64s] | None:
+    """Return (positions [k], references [B]): the first row of each value, and for each row the number of its value.
+
+    None if no two rows share one: then each row is the first of its value.
+    """
+    columns = [_column(block, field) for block in rows.blocks]
+    if all(column.shared is None for column in columns):
+        return None
+    values = _referred(columns, rows)
+    together = rows.which * (int(values.max(initial=0)) + 1) + values
+    _, positions, references = np.unique(together, return_index=True, return_inverse=True)
+    return None if len(positions) == len(rows.slots) else (positions, references)
+
+
+def _referred(columns: Sequence[StoredColumn], rows: RowSet) -> Int64s:
+    """Return which value of its column each row has."""
+    if all(column.shared is None for column in columns):
+        return rows.slots
+    limits = np.fromiter((column.shared or 0 for column in columns), np.int64, len(columns))[rows.which]
+    at = rows.origins + rows.each(columns, "references_at") + 8 * rows.slots
+    sharing = np.flatnonzero(limits)
+    memory_of = None if rows.memory_of is None else rows.memory_of[sharing]
+    found = take_int64s(rows.memories, memory_of, at[sharing])
+    if (found < 0).any() or (found >= limits[sharing]).any():
+        raise DecodeError("the references of a stored column are damaged")
+    values = rows.slots.copy()
+    values[sharing] = found
+    return values
+
+
 def _find(columns: list[StoredColumn], rows: RowSet, positions: Int64s | None) -> Pick:
-    """Find the rows at `positions`, all of one form."""
-    which, slots = (rows.which, rows.slots) if positions is None else (rows.which[positions], rows.slots[positions])
-    memories, memory_numbers = _memories(rows.blocks)
-    memory_of = None if len(memories) == 1 else memory_numbers[which]
-    bases = np.fromiter((b.start + c.values_at for b, c in zip(rows.blocks, columns, strict=True)), np.int64)[which]
-    column = columns[int(which[0]) if len(which) else 0]
+    """Find the rows at `positions` (None: all), which have one form."""
+    if positions is not None:
+        rows = rows.at(positions)
+    memories, memory_of = rows.memories, rows.memory_of
+    slots = _referred(columns, rows)
+    bases = rows.origins + rows.each(columns, "values_at")
+    column = columns[int(rows.which[0]) if len(rows.which) else 0]
     spec, step, offsets, shapes, whole = column.spec, column.row_bytes, None, None, None
     sizes: Int64s | int = step
     if has_offsets(spec.layout):
-        indexes = np.fromiter((b.start + c.offsets_at for b, c in zip(rows.blocks, columns, strict=True)), np.int64)
-        begins = take_int64s(memories, memory_of, indexes[which] + 8 * slots)
-        steps = take_int64s(memories, memory_of, indexes[which] + 8 * slots + 8) - begins
-        _check_offsets(columns, which, begins, steps, step)
+        indexes = rows.origins + rows.each(columns, "offsets_at") + 8 * slots
+        begins = take_int64s(memories, memory_of, indexes)
+        steps = take_int64s(memories, memory_of, indexes + 8) - begins
+        _check_offsets(rows.each(columns, "values_bytes"), begins, steps, step)
         starts, sizes, offsets = bases + begins * step, steps * step, _offsets_of(steps)
         if spec.layout == "shaped":
-            shapes = _shapes(columns, rows, which, slots, memories, memory_of)
+            at = rows.origins + rows.each(columns, "shapes_at") + 8 * column.rank * slots
+            shapes = _shapes(column.rank, at, memories, memory_of)
             if (shapes.prod(axis=1, initial=1) != steps).any():
                 raise DecodeError(f"the shapes of field {spec.name!r} do not fit its values")
     else:
@@ -127,39 +214,18 @@ def _find(columns: list[StoredColumn], rows: RowSet, positions: Int64s | None) -
     return Pick(*found, memories, memory_of, starts, whole, taken)
 
 
-def _memories(blocks: Sequence[Block]) -> tuple[list[Bytes], Int64s]:
-    """Return the distinct memories, and for each block the number of its own."""
-    numbers: dict[int, int] = {}
-    memories: list[Bytes] = []
-    of_block = np.empty(len(blocks), np.int64)
-    for position, block in enumerate(blocks):
-        number = numbers.setdefault(id(block.memory), len(memories))
-        if number == len(memories):
-            memories.append(block.memory)
-        of_block[position] = number
-    return memories, of_block
-
-
-def _check_offsets(columns: list[StoredColumn], which: Int64s, begins: Int64s, steps: Int64s, step: int) -> None:
-    limits = np.fromiter((column.values_bytes for column in columns), np.int64, len(columns))[which]
-    in_steps = limits // step if step else np.full_like(limits, 1 << 56)
+def _check_offsets(limits: Int64s | int, begins: Int64s, steps: Int64s, step: int) -> None:
+    """Rows lie inside of their columns, which have `limits` bytes."""
+    in_steps = limits // step if step else 1 << 56
     if (begins < 0).any() or (steps < 0).any() or (steps > in_steps).any() or (begins > in_steps - steps).any():
         raise DecodeError("the offsets of a stored column are damaged")
 
 
-def _shapes(
-    columns: list[StoredColumn],
-    rows: RowSet,
-    which: Int64s,
-    slots: Int64s,
-    memories: Sequence[Bytes],
-    memory_of: Int64s | None,
-) -> Int64s:
-    rank = columns[int(which[0]) if len(which) else 0].rank
-    at = np.fromiter((b.start + c.shapes_at for b, c in zip(rows.blocks, columns, strict=True)), np.int64)[which]
-    shapes = np.empty((len(slots), rank), np.int64)
+def _shapes(rank: int, at: Int64s, memories: Sequence[Bytes], memory_of: Int64s | None) -> Int64s:
+    """Read the shape of each row, [rows, rank]."""
+    shapes = np.empty((len(at), rank), np.int64)
     for dimension in range(rank):
-        shapes[:, dimension] = take_int64s(memories, memory_of, at + 8 * (slots * rank + dimension))
+        shapes[:, dimension] = take_int64s(memories, memory_of, at + 8 * dimension)
     if (shapes < 0).any():
         raise DecodeError("the shapes of a stored column are damaged")
     return shapes
@@ -276,6 +342,25 @@ class GatheredColumn:
     values: Bytes
     offsets: Int64s | None
     shapes: Int64s | None
+
+
+@dataclass(frozen=True, slots=True)
+class PickCopy:
+    """The values of a pick on their way to `out`. Its parts are rows."""
+
+    pick: Pick
+    out: Bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return self.pick.size_bytes
+
+    @property
+    def parts(self) -> int:
+        return self.pick.rows
+
+    def run(self, begin: int, end: int) -> None:
+        self.pick.copy_rows_into(self.out, begin, end)
 
 
 def gathered(part: Pick, values: Bytes) -> GatheredColumn:

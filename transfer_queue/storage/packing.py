@@ -9,7 +9,7 @@ import numpy as np
 from transfer_queue.errors import InvalidArgument, StaleSampleError
 from transfer_queue.messages import Fetch, Fetched, Int64s
 from transfer_queue.storage.block import SEALED, Block, EncodedColumn, plan_block
-from transfer_queue.storage.gather import Pick, RowSet, pick, row_bytes
+from transfer_queue.storage.gather import Pick, RowSet, distinct, pick, row_bytes
 from transfer_queue.storage.ranges import Bytes
 from transfer_queue.storage.space import UnitSpace
 
@@ -22,7 +22,8 @@ _MAX_IMAGES = 64
 def pack(space: UnitSpace, request: Fetch) -> Fetched:
     """Copy the leading rows that fit in `max_bytes`, at least one. Raises `StaleSampleError` for rows that are gone.
 
-    All of them go into one image, if their columns can be shared; else each block has its own.
+    All of them go into one image, if their columns can be shared; else each block has its own. A value that several
+    rows share is sent once per image.
     """
     if len(request.blocks) != len(request.slots) or not len(request.blocks):
         raise InvalidArgument(f"{len(request.blocks)} blocks and {len(request.slots)} slots do not name rows")
@@ -33,8 +34,11 @@ def pack(space: UnitSpace, request: Fetch) -> Fetched:
     wanted = RowSet(blocks, which[:rows], request.slots[:rows])
     _refuse_cleared(wanted, [cleared for _, cleared in opened])
     found = [pick(field, wanted) for field in request.fields]
-    sizes = row_bytes([part for parts in found for part in parts], rows)
-    rows = max(1, int(np.searchsorted(np.cumsum(sizes), request.max_bytes, side="right")))
+    sizes = np.zeros(rows, np.int64)
+    for field, parts in zip(request.fields, found, strict=True):
+        sizes += _sizes(field, parts, wanted)
+    total = np.cumsum(sizes)
+    rows = int(np.searchsorted(total, max(request.max_bytes, total[0]), side="right"))
     alike = all(len(parts) == 1 for parts in found)
     if not alike:
         rows = min(rows, _leading(which, _MAX_IMAGES))
@@ -44,6 +48,17 @@ def pack(space: UnitSpace, request: Fetch) -> Fetched:
         frames_of=np.array([len(image) for image in images], np.int64),
         frames=tuple(frame for image in images for frame in image),
     )
+
+
+def _sizes(field: str, parts: Sequence[Pick], rows: RowSet) -> Int64s:
+    """Return how many bytes each row adds to an image: those of a shared value count where it first appears."""
+    sizes = row_bytes(parts, len(rows.slots))
+    found = distinct(field, rows)
+    if found is None:
+        return sizes
+    added = np.zeros_like(sizes)
+    added[found[0]] = sizes[found[0]]
+    return added
 
 
 def _leading(which: Int64s, most: int) -> int:
@@ -91,10 +106,11 @@ def _image(fields: Sequence[str], rows: RowSet) -> list[memoryview]:
     """Pack rows into a block image with the id of the first one's block; return it in frames."""
     columns, sources = [], {}
     for field in fields:
-        [source] = pick(field, rows)
+        firsts, references = distinct(field, rows) or (slice(None), None)
+        [source] = pick(field, RowSet(rows.blocks, rows.which[firsts], rows.slots[firsts]))
         values = np.broadcast_to(np.uint8(0), source.size_bytes)  # takes no memory: only its size is looked at
         sources[id(values)] = source
-        columns.append(EncodedColumn(source.spec, [values], source.offsets, source.shapes))
+        columns.append(EncodedColumn(source.spec, [values], source.offsets, source.shapes, references))
     plan = plan_block(columns, len(rows.slots))
     image = np.zeros(plan.size_bytes, np.uint8)
     head = plan.header(rows.blocks[int(rows.which[0])].head.block_id, SEALED) + plan.directory

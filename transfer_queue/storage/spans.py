@@ -8,13 +8,16 @@ mistaken for a header.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transfer_queue.messages import Int64s, ProcessId
 from transfer_queue.storage.arena import PAGE_BYTES, Arena
-from transfer_queue.storage.block import ALIGNMENT, Block, Directories, has_offsets, read_head
+from transfer_queue.storage.block import ALIGNMENT, Block, Directories, StoredColumn, has_offsets, read_head
+
+Mask: TypeAlias = NDArray[np.bool_]
 
 MIN_RETURNED_BYTES = PAGE_BYTES  # shorter runs of cleared rows wait for their block
 BLOCKS_PER_SPAN = 1 << 16
@@ -36,7 +39,7 @@ class StoredBlock:
         self.size_bytes = size_bytes
         self.pins = 0
         self.freed = False
-        self.cleared: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None  # [rows]
+        self.cleared: Mask | None = None  # [rows]
         self.cleared_bytes = 0  # of rows that are cleared, given back or not
         self.returned = RangeSet()
 
@@ -66,7 +69,9 @@ class StoredBlock:
         slots = np.unique(slots[(slots >= 0) & (slots < block.head.rows)])
         slots = slots[~self.cleared[slots]]
         self.cleared[slots] = True
-        for begins, ends in row_ranges(block, slots, slots + 1):
+        for column in block.columns.values():
+            _, values = _unwanted(block, column, self.cleared, slots)
+            begins, ends = _value_ranges(block, column, values, values + 1)
             self.cleared_bytes += int((ends - begins).sum())
         if not self.pins:
             self._give_back_runs(block, slots)
@@ -78,12 +83,12 @@ class StoredBlock:
             self._give_back_runs(block, np.flatnonzero(self.cleared))
 
     def _give_back_runs(self, block: Block, slots: Int64s) -> None:
-        """Return the runs of cleared rows that hold any of `slots`, per column, if they are long enough."""
+        """Return what runs of cleared rows that hold any of `slots` left unwanted, per column, if it is long enough."""
         assert self.cleared is not None
-        edges = np.flatnonzero(np.diff(self.cleared.view(np.int8), prepend=0, append=0))
-        chosen = np.unique(np.searchsorted(edges, slots, side="right") // 2)
-        firsts, lasts = edges[0::2][chosen], edges[1::2][chosen]
-        for begins, ends in row_ranges(block, firsts, lasts):
+        runs = _runs(self.cleared, slots)
+        for column in block.columns.values():
+            firsts, lasts = runs if column.shared is None else _runs(*_unwanted(block, column, self.cleared, slots))
+            begins, ends = _value_ranges(block, column, firsts, lasts)
             begins = -(-begins // ALIGNMENT) * ALIGNMENT
             ends = ends // ALIGNMENT * ALIGNMENT
             long = ends - begins >= MIN_RETURNED_BYTES
@@ -190,15 +195,35 @@ class RangeSet:
         return gaps
 
 
-def row_ranges(block: Block, firsts: Int64s, lasts: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
-    """Yield, per column, where the values of rows [firsts[i], lasts[i]) begin and end in the memory of the block."""
-    for column in block.columns.values():
-        base, step = block.start + column.values_at, column.row_bytes
-        if has_offsets(column.spec.layout):
-            at = block.start + column.offsets_at
-            raw = block.memory[at : at + 8 * (block.head.rows + 1)]
-            offsets = np.clip(raw.view(np.int64), 0, column.values_bytes // step if step else 0)
-            begins, ends = offsets[firsts], offsets[lasts]
-            yield base + begins * step, base + np.maximum(begins, ends) * step
-        else:
-            yield base + firsts * step, base + lasts * step
+def _runs(mask: Mask, members: Int64s) -> tuple[Int64s, Int64s]:
+    """Return where the runs of a mask that have any of these members begin and end."""
+    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
+    chosen = np.unique(np.searchsorted(edges, members, side="right") // 2)
+    return edges[0::2][chosen], edges[1::2][chosen]
+
+
+def _unwanted(block: Block, column: StoredColumn, cleared: Mask, slots: Int64s) -> tuple[Mask, Int64s]:
+    """Return which values of a column no row refers to any more, and of these the ones that rows of `slots` had.
+
+    cleared   [rows], says of each row whether it is gone; `slots` are some of these
+    """
+    if column.shared is None:
+        return cleared, slots
+    at = block.start + column.references_at
+    references = np.clip(block.memory[at : at + 8 * block.head.rows].view(np.int64), 0, column.shared - 1)
+    unwanted = np.ones(column.shared, np.bool_)
+    unwanted[references[~cleared]] = False
+    values = np.unique(references[slots])
+    return unwanted, values[unwanted[values]]
+
+
+def _value_ranges(block: Block, column: StoredColumn, firsts: Int64s, lasts: Int64s) -> tuple[Int64s, Int64s]:
+    """Return where the values [firsts[i], lasts[i]) of a column begin and end in the memory of the block."""
+    base, step = block.start + column.values_at, column.row_bytes
+    if not has_offsets(column.spec.layout):
+        return base + firsts * step, base + lasts * step
+    at = block.start + column.offsets_at
+    raw = block.memory[at : at + 8 * (column.values_of(block.head.rows) + 1)]
+    offsets = np.clip(raw.view(np.int64), 0, column.values_bytes // step if step else 0)
+    begins, ends = offsets[firsts], offsets[lasts]
+    return base + begins * step, base + np.maximum(begins, ends) * step

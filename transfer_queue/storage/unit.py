@@ -36,7 +36,7 @@ from transfer_queue.messages import (
     Unpin,
     Write,
 )
-from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arena, Arenas, free_bytes
+from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arena, Arenas, free_bytes, no_memory
 from transfer_queue.storage.block import aligned
 from transfer_queue.storage.packing import pack
 from transfer_queue.storage.space import UnitSpace
@@ -90,8 +90,10 @@ class UnitService:
         self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tq-unit")
         size = self._arenas.plan_growth(1)
         assert size is not None
+        if size > free_bytes(folder):
+            raise no_memory(folder, size)
         self._growing = True
-        self._beside.submit(self._fill, self._arenas.create(size))
+        self._beside.submit(self._grow, size)
 
     def __repr__(self) -> str:
         return f"<UnitService {self.number}: {self._arenas!r}, {len(self._waiting)} waiting>"

@@ -133,7 +133,7 @@ class UnixDoor:
         self._take_turn(visitor)
 
     def go_on(self) -> bool:
-        """Give each connection that has sent more than it had a turn for another one; return whether some still have."""
+        """Give a turn to each connection with messages left over from its last one; return whether some still have."""
         busy, self._busy = self._busy, {}
         for visitor in busy:
             self._take_turn(visitor)
