@@ -93,7 +93,10 @@ BATCHES: dict[str, Callable[[Scale], TensorDict]] = {
 
 def touch(batch: TensorDict | dict[str, Any]) -> dict[str, int]:
     """Read every byte; return a checksum per field that does not depend on the order of the rows."""
-    return {str(name): _checksum(batch[str(name)]) for name in batch.keys()}  # noqa: SIM118  iterating yields rows
+    return {
+        str(name): _checksum(column if isinstance(column, torch.Tensor | np.ndarray) else batch[str(name)])
+        for name, column in batch.items()
+    }
 
 
 def check(found: dict[str, int], expected: dict[str, int]) -> None:

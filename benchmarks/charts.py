@@ -37,7 +37,7 @@ _COLUMNS = {  # of a panel of bytes per second: the durations that are added up
 _NOT_CURVES = ("draw", "touch every byte")  # parts of what is drawn
 _SPAN = 10.0  # the least ratio of the ends of an axis
 _ROOF = "memcpy, warm pages"
-_ROUND_TRIP = "ZeroMQ round trip, ipc"
+_ROUND_TRIP = "Unix socket round trip, 0.1 ms of work at either end"
 
 
 def draw(record: Entry, file: Path) -> None:

@@ -180,14 +180,14 @@ def measure(report: Report, scale: Scale, placement: Placement) -> None:
     writer, reader = placement.stage(Writer), placement.stage(Reader)
     _measure_draws(report, scale, writer, reader)
     beside = f"beside {_count(scale.partition_rows[-1])} samples"
-    floor = report.find(floors.CASE, floors.IPC_ROUND_TRIP)
+    floor = report.find(floors.CASE, floors.UNIX_ROUND_TRIP)
     skip = scale.calls // 10
     single = report.series("put of one 12 KiB sample", beside, skip=skip, against=floor)
     single.add(*writer.call("put_samples", "single", scale.calls + skip))
     together = report.series("put of one 12 KiB sample", f"{IN_FLIGHT} in flight, per put", skip=scale.warm_up)
     together.add(*writer.call("put_together", "together", scale.warm_up + scale.rounds))
     _measure_steady_puts(report, scale, writer)
-    floor = report.find(floors.CASE, floors.IPC_ROUND_TRIP)
+    floor = report.find(floors.CASE, floors.UNIX_ROUND_TRIP)
     measure_wake_ups(report, scale, writer, reader, "parked get_meta(1)", against=floor)
     crowd = placement.stage(Crowd)
     for partition, where in (("elsewhere", "elsewhere"), (WAKE_UPS, "for the same samples")):
@@ -207,7 +207,7 @@ def _measure_steady_puts(report: Report, scale: Scale, writer: Stage) -> None:
 
 def _measure_draws(report: Report, scale: Scale, writer: Stage, reader: Stage) -> None:
     """One partition that grows from one size to the next."""
-    against = report.find(floors.CASE, floors.IPC_ROUND_TRIP)
+    against = report.find(floors.CASE, floors.UNIX_ROUND_TRIP)
     skip = scale.calls // 10
     present = 0
     for rows in scale.partition_rows:

@@ -1,4 +1,4 @@
-"""What the machine can do at best: copies, pages, plain ZeroMQ. Measured in the run whose figures they stand beside.
+"""What the machine can do at best: copies, pages, plain sockets. Measured in the run whose figures they stand beside.
 
 Nothing of the queue is used here.
 """
@@ -9,6 +9,7 @@ import contextlib
 import mmap
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from benchmarks.scale import Scale
 CASE = "floor"
 MEMCPY = "memcpy, warm pages"
 GATHER = "gather of random 32 KiB rows, reused buffer"
-IPC_ROUND_TRIP = "ZeroMQ round trip, ipc"
+UNIX_ROUND_TRIP = "Unix socket round trip, 0.1 ms of work at either end"
 
 _ROW_BYTES = 32 << 10
 _PATIENCE_MS = 30_000
@@ -39,6 +40,7 @@ def measure(report: Report, scale: Scale) -> None:
     with _echo() as (context, addresses):
         for transport, address in addresses.items():
             _measure_sockets(report, scale, context, transport, address)
+    _measure_unix_socket(report, scale)
 
 
 def _repeat(report: Report, scale: Scale, measure: str, size_bytes: int, step: Callable[[], object]) -> None:
@@ -113,14 +115,14 @@ def _echo() -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], dict[str, str]]]:
 
 
 def _answer(ipc: str, pipe: multiprocessing.connection.Connection) -> None:
-    socket = zmq.Context().socket(zmq.REP)
-    socket.bind(ipc)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    answering = zmq.Context().socket(zmq.REP)
+    answering.bind(ipc)
+    port = answering.bind_to_random_port("tcp://127.0.0.1")
     pipe.send({"ipc": ipc, "tcp": f"tcp://127.0.0.1:{port}"})
     while True:
-        if bytes(socket.recv(copy=False).buffer[:1]) == _WORK:
+        if bytes(answering.recv(copy=False).buffer[:1]) == _WORK:
             _work()
-        socket.send(b"")
+        answering.send(b"")
 
 
 def _work() -> None:
@@ -132,24 +134,53 @@ def _work() -> None:
 def _measure_sockets(
     report: Report, scale: Scale, context: zmq.Context[zmq.Socket[bytes]], transport: str, address: str
 ) -> None:
-    with context.socket(zmq.REQ) as socket:
-        socket.setsockopt(zmq.RCVTIMEO, _PATIENCE_MS)
-        socket.connect(address)
+    with context.socket(zmq.REQ) as asking:
+        asking.setsockopt(zmq.RCVTIMEO, _PATIENCE_MS)
+        asking.connect(address)
 
         def round_trip(message: bytes) -> None:
-            socket.send(message, copy=False)
-            socket.recv()
+            asking.send(message, copy=False)
+            asking.recv()
 
         large = bytes(scale.frame_bytes)
         frame = f"ZeroMQ frame of {scale.frame_bytes >> 20} MiB, {transport}"
         _repeat(report, scale, frame, len(large), lambda: round_trip(large))
-        # Cores that went to sleep in between wake up slowly: a server and a client that do something show it.
-        for first, name in ((b"\0", ""), (_WORK, f", {1e3 * _WORK_S:.1f} ms of work at either end")):
-            small = first.ljust(64)
-            series = report.series(CASE, f"ZeroMQ round trip, {transport}{name}", skip=scale.calls // 10)
-            for _ in range(scale.calls + series.skip):
-                if first == _WORK:
-                    _work()
-                begin = time.perf_counter()
-                round_trip(small)
-                series.add(time.perf_counter() - begin)
+        _measure_round_trips(report, scale, f"ZeroMQ round trip, {transport}", round_trip)
+
+
+def _measure_round_trips(report: Report, scale: Scale, measure: str, round_trip: Callable[[bytes], object]) -> None:
+    """Cores that went to sleep in between wake up slowly: a server and a client that do something show it."""
+    for first, name in ((b"\0", ""), (_WORK, f", {1e3 * _WORK_S:.1f} ms of work at either end")):
+        small = first.ljust(64)
+        series = report.series(CASE, f"{measure}{name}", skip=scale.calls // 10)
+        for _ in range(scale.calls + series.skip):
+            if first == _WORK:
+                _work()
+            begin = time.perf_counter()
+            round_trip(small)
+            series.add(time.perf_counter() - begin)
+
+
+def _measure_unix_socket(report: Report, scale: Scale) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    process = multiprocessing.get_context("fork").Process(target=_echo_bytes, args=(theirs, ours), daemon=True)
+    with held_back():
+        process.start()
+    with theirs, ours:
+        ours.settimeout(_PATIENCE_MS / 1e3)
+
+        def round_trip(message: bytes) -> None:
+            ours.sendall(message)
+            ours.recv(len(message))
+
+        _measure_round_trips(report, scale, "Unix socket round trip", round_trip)
+        ours.shutdown(socket.SHUT_RDWR)
+        process.join()
+
+
+def _echo_bytes(theirs: socket.socket, ours: socket.socket) -> None:
+    ours.close()
+    while message := theirs.recv(64):
+        if message[:1] == _WORK:
+            _work()
+        theirs.sendall(message)

@@ -83,12 +83,12 @@ def _origin(results: Results, value: Value) -> str:
         command += "" if settings["runtime"] == "ray" else f" --runtime {settings['runtime']}"
         lines.append(f"* `{command}`: commit {value(commit(record))}, {value(machine_line(record['machine']))}")
     roof = results.floor("memcpy, warm pages")
-    trip = results.floor("ZeroMQ round trip, ipc")
+    trip = results.floor("Unix socket round trip, 0.1 ms of work at either end")
     floors = ""
     if roof is not None and trip is not None:
         floors = (
-            f" Floors of that machine: memcpy of warm pages {value(_number(roof['gb_per_s']))} GB/s, a bare ZeroMQ"
-            f" round trip over ipc {value(_number(trip['p50_ms']))} ms."
+            f" Floors of that machine: memcpy of warm pages {value(_number(roof['gb_per_s']))} GB/s; a bare Unix"
+            f" socket there and back {value(_number(trip['p50_ms']))} ms if both ends have 0.1 ms of work in between."
         )
     return "\n".join([f"Medians, unless something else is said.{floors}", "", *lines])
 

@@ -15,9 +15,9 @@ from benchmarks.accounting import unit_stats
 from transfer_queue import TransferQueueClient
 from transfer_queue.client.drivers import arun, run
 from transfer_queue.client.steps import Operation, Wait
-from transfer_queue.client.transfer import SHARED_SPAN_BYTES
+from transfer_queue.client.units import LARGEST_SPAN_BYTES, SHARED_SPAN_BYTES, SharedSpan
 
-ARENA_BYTES = 8 * SHARED_SPAN_BYTES
+ARENA_BYTES = 2 * LARGEST_SPAN_BYTES
 IN_FLIGHT = 64
 ROUNDS = 4
 
@@ -69,3 +69,17 @@ def test_waiting_for_another_operation(done: bool) -> None:
 
     assert run(operation()) is done
     assert asyncio.run(arun(operation())) is done
+
+
+def test_a_writer_in_a_hurry_gets_larger_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each span that is filled quickly is followed by one of twice the size; after a pause it starts over."""
+    span = SharedSpan()
+    sizes = []
+    for _ in range(6):
+        span.replace(None, None)
+        sizes.append(span.next_bytes)
+    assert sizes == [SHARED_SPAN_BYTES << min(n, 3) for n in range(6)]
+    later = time.monotonic() + 1.0
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    span.replace(None, None)
+    assert span.next_bytes == SHARED_SPAN_BYTES

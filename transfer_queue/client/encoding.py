@@ -19,6 +19,7 @@ from transfer_queue.wire.values import pack_value
 
 _JOINED_ROW_BYTES = 1 << 14  # shorter rows are joined before they are written: one copy more, many steps fewer
 _EMPTY = np.empty(0, np.uint8)
+_NUMPY_TYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.bool})
 
 
 def encode_tensor(name: str, tensor: torch.Tensor) -> tuple[int, EncodedColumn]:
@@ -120,6 +121,12 @@ def _encode_tensor_rows(name: str, rows: Sequence[torch.Tensor]) -> EncodedColum
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The values that a tensor shows, contiguous, on the CPU, without history."""
+    if (
+        tensor.layout is torch.strided
+        and tensor.is_cpu
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    ):
+        return tensor.contiguous()
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device.type}"
         raise EncodeError(f"field {name!r} is a {kind} tensor; convert it to a dense one before storing it")
@@ -131,7 +138,11 @@ def _bytes_of(tensor: torch.Tensor) -> Bytes:
     """View a contiguous tensor as bytes."""
     if tensor.numel() == 0:
         return _EMPTY
-    array: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    array: Bytes
+    if tensor.dtype in _NUMPY_TYPES:  # NumPy makes views faster
+        array = tensor.numpy().reshape(-1).view(np.uint8)
+    else:
+        array = tensor.reshape(-1).view(torch.uint8).numpy()
     return array
 
 

@@ -18,7 +18,7 @@ from transfer_queue.client.buffers import DEFAULT_IDLE_BYTES, BufferPool
 from transfer_queue.client.fetching import Fetching
 from transfer_queue.client.results import copied
 from transfer_queue.client.steps import Call, Compute, Notify, Operation, Wait
-from transfer_queue.client.units import Connect, KnownUnits, Place, UnitHandle, span_memory
+from transfer_queue.client.units import SHARED_SPAN_BYTES, Connect, KnownUnits, Place, UnitHandle, span_memory
 from transfer_queue.errors import CapacityExceeded, ConnectionLost, StaleSampleError
 from transfer_queue.messages import (
     UNIT_SHIFT,
@@ -53,7 +53,6 @@ from transfer_queue.storage.packing import MAX_FRAME_BYTES
 from transfer_queue.wire.holders import process_id
 from transfer_queue.wire.peer import AnyPeer
 
-SHARED_SPAN_BYTES = 1 << 20
 WRITES_IN_FLIGHT = 4
 
 _REFRESH_S = 30.0
@@ -155,7 +154,7 @@ def _share(transfer: Transfer, unit: UnitHandle, plan: BlockPlan) -> Operation[P
     if place is not None:
         return place
     try:
-        span: Reserved = yield Call(unit.peer, _reserve(SHARED_SPAN_BYTES, 0.0), 0.0)
+        span: Reserved = yield Call(unit.peer, _reserve(unit.span.next_bytes, 0.0), 0.0)
         old = unit.span.replace(span, span_memory(transfer.maps, span))
     except CapacityExceeded:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +21,11 @@ from transfer_queue.wire.peer import AnyPeer
 
 Connect: TypeAlias = Callable[[UnitInfo, bool], AnyPeer]
 
+SHARED_SPAN_BYTES = 1 << 20
+LARGEST_SPAN_BYTES = 8 << 20
+
+_QUICK_S = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -30,9 +36,14 @@ class Place:
 
 
 class SharedSpan:
-    """The span that the small puts of one process to one unit share. Thread-safe."""
+    """The span that the small puts of one process to one unit share. Thread-safe.
+
+    next_bytes   how large the next one should be: a writer that fills spans quickly gets larger ones
+    """
 
     def __init__(self) -> None:
+        self.next_bytes = SHARED_SPAN_BYTES
+        self._replaced_at = 0.0
         self._lock = threading.Lock()
         self._span: Reserved | None = None
         self._memory: Bytes = np.empty(0, np.uint8)
@@ -81,6 +92,10 @@ class SharedSpan:
             if memory is not None:
                 self._memory = memory
             self._count = self._end = 0
+            now = time.monotonic()
+            quick = now - self._replaced_at < _QUICK_S
+            self.next_bytes = min(2 * self.next_bytes, LARGEST_SPAN_BYTES) if quick else SHARED_SPAN_BYTES
+            self._replaced_at = now
             return None if old is None else old.span
 
 

@@ -115,16 +115,18 @@ class Lookup:
 
     def _locations(self, rows: Int64s, fields: tuple[str, ...]) -> tuple[Location, ...]:
         """Fields that lie together share one entry; block 0 where a row lacks the field."""
-        together: dict[bytes, tuple[list[str], Int64s, Int64s]] = {}
+        together: dict[bytes, tuple[list[str], Int64s, NDArray[np.int32]]] = {}
         for name in fields:
             column = self._rows.table.columns.get(name)
             if column is None:
                 continue
-            blocks = column.block[rows]
-            slots = column.slot[rows].astype(np.int64)
+            blocks, slots = column.block.take(rows), column.slot.take(rows)
             key = blocks.tobytes() + slots.tobytes() if len(fields) > 1 else b""
             together.setdefault(key, ([], blocks, slots))[0].append(name)
-        return tuple(Location(fields=tuple(names), blocks=b, slots=s) for names, b, s in together.values())
+        return tuple(
+            Location(fields=tuple(names), blocks=blocks, slots=slots.astype(np.int64))
+            for names, blocks, slots in together.values()
+        )
 
     def _group_ids(self, rows: Int64s) -> tuple[Any, ...]:
         found: list[Any] = [None] * len(rows)

@@ -76,7 +76,10 @@ class Putting:
             rows, touched, inserted = self._rows_of(put, name)
         writer = Writer(client, now)
         for partition, positions in touched:
-            self._rows.write(partition, rows[positions], positions, put.columns, put.block_id, writer)
+            if inserted:
+                self._rows.write_new(partition, rows, put.columns, put.block_id, writer)
+            else:
+                self._rows.write(partition, rows[positions], positions, put.columns, put.block_id, writer)
         if put.block_id:
             self._rows.blocks.commit(put.block_id, len(rows) * len(put.columns))
         if put.tags is not None:

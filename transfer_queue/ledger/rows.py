@@ -154,10 +154,18 @@ class Rows:
             again = rows[column.ready[rows] == 1]
             if len(again):
                 self.blocks.overwrite(column.block[again])
-            column.ready[rows] = 1
-            column.block[rows] = block
-            column.slot[rows] = slots
+            column.write(rows, slots, block)
             partition.add_column(spec, len(rows) - len(again), who.now, who.client)
+
+    def write_new(
+        self, partition: Partition, rows: Int64s, columns: Sequence[ColumnSpec], block: int, who: Writer
+    ) -> None:
+        """The same for rows that were just inserted, in one run: row i lies at slot i."""
+        run = slice(int(rows[0]), int(rows[-1]) + 1)
+        slots = np.arange(len(rows))
+        for spec in columns:
+            self.table.column(spec.name).write(run, slots, block)
+            partition.add_column(spec, len(rows), who.now, who.client)
 
     # ------------------------------------------------------------ removal
 

@@ -28,6 +28,12 @@ class Column:
     block: Int64s  # [capacity]
     slot: NDArray[np.int32]  # [capacity]
 
+    def write(self, rows: Int64s | slice, slots: Int64s, block: int) -> None:
+        """The cells of these rows are there, at these slots of a block."""
+        self.ready[rows] = 1
+        self.block[rows] = block
+        self.slot[rows] = slots
+
 
 @dataclass
 class TaskColumn:

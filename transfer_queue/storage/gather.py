@@ -68,12 +68,27 @@ class RowSet:
         """[B] of each row, where its block starts."""
         return np.fromiter((block.start for block in self.blocks), np.int64, len(self.blocks))[self.which]
 
+    @functools.cached_property
+    def consecutive(self) -> bool:
+        """Whether each row is the slot behind that of the row before."""
+        return bool((self.slots[1:] == self.slots[:-1] + 1).all())
+
     def each(self, columns: Sequence[StoredColumn], attribute: str) -> Int64s | int:
         """Return a number that every column has: [B] that of the column of each row, or that of all."""
         if self.alike:
             found: int = getattr(columns[0], attribute)
             return found
         return np.fromiter((getattr(column, attribute) for column in columns), np.int64, len(columns))[self.which]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A stored column of rows of one length, and which of them are wanted."""
+
+    start: int  # in the first memory
+    size_bytes: int
+    slots: Int64s
+    consecutive: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +104,8 @@ class Pick:
     shapes: Int64s | None
     memories: Sequence[Bytes]
     memory_of: Int64s | None
-    starts: Int64s  # [rows] of each row in its memory
-    column: Bytes | None  # set if the rows have one length and come from one block …
-    slots: Int64s | None  # … of which they are these
+    starts: Int64s | None  # [rows] of each row in its memory; None: as `whole` says
+    whole: Whole | None  # set if the rows have one length and come from one block
 
     def copy_into(self, out: Bytes) -> None:
         """Write the values to `out`, which has exactly `size_bytes`."""
@@ -107,21 +121,36 @@ class Pick:
             sizes = self.row_sizes[rows]
             begin = int(self.row_sizes[:first].sum())
             end = begin + int(sizes.sum())
-        if self.column is not None and self.slots is not None:
+        if self.whole is not None:
             assert isinstance(sizes, int)
-            copy_rows(self.column, sizes, self.slots[rows], out[begin:end])
+            column = self.memories[0][self.whole.start :][: self.whole.size_bytes]
+            copy_rows(column, sizes, self.whole.slots[rows], out[begin:end])
         else:
             memory_of = None if self.memory_of is None else self.memory_of[rows]
-            copy_ranges(self.memories, memory_of, self.starts[rows], sizes, out[begin:end])
+            copy_ranges(self.memories, memory_of, self.row_starts()[rows], sizes, out[begin:end])
+
+    def row_starts(self) -> Int64s:
+        """[rows] where each row starts in its memory."""
+        if self.starts is not None:
+            return self.starts
+        assert self.whole is not None and isinstance(self.row_sizes, int)
+        return self.whole.start + self.whole.slots * self.row_sizes
 
     def stored(self) -> tuple[Bytes, int] | None:
         """Return the memory and the offset in it where all values lie in one piece in the order of the request."""
-        if self.size_bytes == 0 or (self.memory_of is not None and (self.memory_of != self.memory_of[0]).any()):
+        if self.size_bytes == 0:
+            return None
+        if self.whole is not None:
+            assert isinstance(self.row_sizes, int)
+            first = self.whole.start + int(self.whole.slots[0]) * self.row_sizes
+            return (self.memories[0], first) if self.whole.consecutive else None
+        starts = self.row_starts()
+        if self.memory_of is not None and (self.memory_of != self.memory_of[0]).any():
             return None
         sizes = self.row_sizes if isinstance(self.row_sizes, int) else self.row_sizes[:-1]
-        if (self.starts[:-1] + sizes != self.starts[1:]).any():
+        if (starts[:-1] + sizes != starts[1:]).any():
             return None
-        return self.memories[0 if self.memory_of is None else int(self.memory_of[0])], int(self.starts[0])
+        return self.memories[0 if self.memory_of is None else int(self.memory_of[0])], int(starts[0])
 
 
 def pick(field: str, rows: RowSet) -> list[Pick]:
@@ -188,30 +217,30 @@ def _find(columns: list[StoredColumn], rows: RowSet, positions: Int64s | None) -
         rows = rows.at(positions)
     memories, memory_of = rows.memories, rows.memory_of
     slots = _referred(columns, rows)
-    bases = rows.origins + rows.each(columns, "values_at")
     column = columns[int(rows.which[0]) if len(rows.which) else 0]
-    spec, step, offsets, shapes, whole = column.spec, column.row_bytes, None, None, None
-    sizes: Int64s | int = step
-    if has_offsets(spec.layout):
-        indexes = rows.origins + rows.each(columns, "offsets_at") + 8 * slots
-        begins = take_int64s(memories, memory_of, indexes)
-        steps = take_int64s(memories, memory_of, indexes + 8) - begins
-        _check_offsets(rows.each(columns, "values_bytes"), begins, steps, step)
-        starts, sizes, offsets = bases + begins * step, steps * step, _offsets_of(steps)
-        if spec.layout == "shaped":
-            at = rows.origins + rows.each(columns, "shapes_at") + 8 * column.rank * slots
-            shapes = _shapes(column.rank, at, memories, memory_of)
-            if (shapes.prod(axis=1, initial=1) != steps).any():
-                raise DecodeError(f"the shapes of field {spec.name!r} do not fit its values")
-    else:
-        starts = bases + slots * step
+    spec, step = column.spec, column.row_bytes
+    if not has_offsets(spec.layout):
+        size, starts, whole = step * len(slots), None, None
         if len(rows.blocks) == 1 and step:
-            block = rows.blocks[0]
-            whole = block.memory[block.start + column.values_at :][: column.values_bytes]
-    size = step * len(slots) if isinstance(sizes, int) else int(sizes.sum())
-    taken = slots if whole is not None else None
-    found = (spec, positions, len(slots), size, sizes, offsets, shapes)
-    return Pick(*found, memories, memory_of, starts, whole, taken)
+            start = rows.blocks[0].start + column.values_at
+            consecutive = rows.consecutive if slots is rows.slots else bool((slots[1:] == slots[:-1] + 1).all())
+            whole = Whole(start, column.values_bytes, slots, consecutive)
+        else:
+            starts = rows.origins + rows.each(columns, "values_at") + slots * step
+        return Pick(spec, positions, len(slots), size, step, None, None, memories, memory_of, starts, whole)
+    indexes = rows.origins + rows.each(columns, "offsets_at") + 8 * slots
+    begins = take_int64s(memories, memory_of, indexes)
+    steps = take_int64s(memories, memory_of, indexes + 8) - begins
+    _check_offsets(rows.each(columns, "values_bytes"), begins, steps, step)
+    starts, sizes = rows.origins + rows.each(columns, "values_at") + begins * step, steps * step
+    offsets, shapes = _offsets_of(steps), None
+    if spec.layout == "shaped":
+        at = rows.origins + rows.each(columns, "shapes_at") + 8 * column.rank * slots
+        shapes = _shapes(column.rank, at, memories, memory_of)
+        if (shapes.prod(axis=1, initial=1) != steps).any():
+            raise DecodeError(f"the shapes of field {spec.name!r} do not fit its values")
+    size = int(sizes.sum())
+    return Pick(spec, positions, len(slots), size, sizes, offsets, shapes, memories, memory_of, starts, None)
 
 
 def _check_offsets(limits: Int64s | int, begins: Int64s, steps: Int64s, step: int) -> None:
@@ -285,9 +314,8 @@ def _join(parts: list[Pick]) -> Pick:
         shapes=None if ragged else dims,
         memories=memories,
         memory_of=memory_of,
-        starts=np.concatenate([part.starts for part in parts])[order],
-        column=None,
-        slots=None,
+        starts=np.concatenate([part.row_starts() for part in parts])[order],
+        whole=None,
     )
 
 
