@@ -141,7 +141,8 @@ def _refresh(transfer: Transfer, timeout_s: float) -> Operation[None]:
 
 
 def _share(transfer: Transfer, unit: UnitHandle, plan: BlockPlan) -> Operation[Place | None]:
-    """Claim a place in the span of the small puts; None if the unit has no room for such a span now.
+    """Claim a place in the span of the small puts; None if the unit has no room for such a span now, or the next one
+    was filled by others at once.
 
     One of many concurrent puts asks for the next span, the others wait for it.
     """
@@ -154,9 +155,13 @@ def _share(transfer: Transfer, unit: UnitHandle, plan: BlockPlan) -> Operation[P
     if place is not None:
         return place
     try:
+        place = unit.span.carve(plan)  # the next span may have come just before it was our turn to ask
+        if place is not None:
+            return place
         span: Reserved = yield Call(unit.peer, _reserve(unit.span.next_bytes, 0.0), 0.0)
         old = unit.span.replace(span, span_memory(transfer.maps, span))
     except CapacityExceeded:
+        unit.span.refused()
         return None
     finally:
         unit.span.answered()

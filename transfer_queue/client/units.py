@@ -64,6 +64,10 @@ class SharedSpan:
             asked.set_result(None)
         return None
 
+    def refused(self) -> None:
+        """The unit has no room for the next span: ask for less."""
+        self.next_bytes = SHARED_SPAN_BYTES
+
     def answered(self) -> None:
         with self._lock:
             asked, self._asked = self._asked, None

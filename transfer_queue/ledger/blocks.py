@@ -62,9 +62,9 @@ class BlockBook:
         if len(blocks) == 0:
             return
         left = self._subtract(blocks)
-        partial = np.isin(blocks, left)
-        if not partial.any():
+        if len(left) == 0:
             return
+        partial = np.isin(blocks, left)
         pairs = np.unique(np.stack([blocks[partial], slots[partial]], axis=1), axis=0)
         units = pairs[:, 0] >> UNIT_SHIFT
         for unit in np.unique(units).tolist():
@@ -79,7 +79,7 @@ class BlockBook:
 
     def _subtract(self, blocks: Int64s) -> Int64s:
         """Return the touched blocks that are still in use."""
-        touched, counts = np.unique(blocks, return_counts=True)
+        touched, counts = _counted(blocks)
         left = []
         for block, count in zip(touched.tolist(), counts.tolist(), strict=True):
             cells = self._cells[block] - count
@@ -93,3 +93,13 @@ class BlockBook:
 
     def _freed_at(self, block: int) -> Freed:
         return self._freed.setdefault(block >> UNIT_SHIFT, Freed())
+
+
+def _counted(blocks: Int64s) -> tuple[Int64s, Int64s]:
+    """Return the distinct blocks, and how often each appears. Fast where cells of one block lie together."""
+    starts = np.flatnonzero(np.diff(blocks, prepend=blocks[:1] - 1))
+    lengths = np.diff(starts, append=len(blocks))
+    distinct, which = np.unique(blocks[starts], return_inverse=True)
+    counts = np.zeros(len(distinct), np.int64)
+    np.add.at(counts, which, lengths)
+    return distinct, counts

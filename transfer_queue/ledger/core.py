@@ -167,7 +167,7 @@ class Ledger:
         made = self._drawing.samplers.register(task, sampler)
         for waiting in self._waiting.all_draws():
             try:
-                waiting.plan = self._drawing.plan(waiting.draw, waiting.partition)
+                self._waiting.replan(waiting, self._drawing.plan(waiting.draw, waiting.partition))
             except TransferQueueError as error:
                 self._waiting.remove(waiting.ticket)
                 self._refused.append((waiting.ticket, error))

@@ -115,17 +115,23 @@ class Lookup:
 
     def _locations(self, rows: Int64s, fields: tuple[str, ...]) -> tuple[Location, ...]:
         """Fields that lie together share one entry; block 0 where a row lacks the field."""
-        together: dict[bytes, tuple[list[str], Int64s, NDArray[np.int32]]] = {}
+        found: dict[tuple[int, int], list[tuple[list[str], Int64s, NDArray[np.int32]]]] = {}  # by the first row's place
         for name in fields:
             column = self._rows.table.columns.get(name)
             if column is None:
                 continue
             blocks, slots = column.block.take(rows), column.slot.take(rows)
-            key = blocks.tobytes() + slots.tobytes() if len(fields) > 1 else b""
-            together.setdefault(key, ([], blocks, slots))[0].append(name)
+            alike = found.setdefault((int(blocks[0]), int(slots[0])) if len(rows) else (0, 0), [])
+            for names, others, other_slots in alike:
+                if np.array_equal(blocks, others) and np.array_equal(slots, other_slots):
+                    names.append(name)
+                    break
+            else:
+                alike.append(([name], blocks, slots))
         return tuple(
             Location(fields=tuple(names), blocks=blocks, slots=slots.astype(np.int64))
-            for names, blocks, slots in together.values()
+            for alike in found.values()
+            for names, blocks, slots in alike
         )
 
     def _group_ids(self, rows: Int64s) -> tuple[Any, ...]:

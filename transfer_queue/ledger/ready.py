@@ -105,10 +105,14 @@ class RowsView(ReadyView):
         return int(self._first(position + 1)[position])
 
     def groups(self, count: int, size: int) -> tuple[int, Int64s]:
+        found, rows = self._rows_of_groups(count, size)
+        return found, self._give(rows)
+
+    def _rows_of_groups(self, count: int, size: int) -> tuple[int, Int64s]:
         found, ordinals = self._ready.groups(size).first(count)
         if not found:
             return 0, np.empty(0, dtype=np.int64)
-        return found, self._give(self.partition.rows_at(np.concatenate(ordinals)))
+        return found, self.partition.rows_at(np.concatenate(ordinals))
 
     def _give(self, rows: Int64s) -> Int64s:
         rows.flags.writeable = False
@@ -120,7 +124,10 @@ class RowsView(ReadyView):
 
 
 class GroupHeadsView(RowsView):
-    """One row per complete group, its first; lets a sampler that knows no groups choose among groups."""
+    """One row per complete group, its first; lets a sampler that knows no groups choose among groups.
+
+    `groups` hands out whole groups here too, which are no rows of this view.
+    """
 
     def __init__(self, ready: ReadySet, size: int) -> None:
         super().__init__(ready)
@@ -136,6 +143,9 @@ class GroupHeadsView(RowsView):
         positions = ordinals - self.partition.base
         found[found] = self._ready.groups(self._size).leads(ordinals, self.partition.group_numbers(positions))
         return found
+
+    def groups(self, count: int, size: int) -> tuple[int, Int64s]:
+        return self._rows_of_groups(count, size)
 
     def _first(self, count: int) -> Int64s:
         _, ordinals = self._ready.groups(self._size).first(count)

@@ -48,8 +48,13 @@ class Plan:
 
     @cached_property
     def least(self) -> int:
-        """With fewer ready rows the sampler need not be asked."""
-        return 1 if self.sampler.accepts_partial or has_filter(self.sampler) else self.want
+        """With fewer ready rows the sampler need not be asked. Groups may have fewer rows than `group_size`."""
+        return 1 if self.sampler.accepts_partial or self.filters or self.group_size is not None else self.want
+
+    @property
+    def filters(self) -> bool:
+        """The sampler looks at more than the ready rows."""
+        return has_filter(self.sampler)
 
 
 class SamplerBook:

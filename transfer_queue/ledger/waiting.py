@@ -16,6 +16,7 @@ from transfer_queue.ledger.selection import Plan
 from transfer_queue.messages import Draw, Put
 
 Ticket: TypeAlias = Hashable
+Watched: TypeAlias = tuple[str, tuple[str, ...]]
 
 
 @dataclass(eq=False)
@@ -30,14 +31,16 @@ class WaitingDraw:
     deadline: float
     order: int
 
-    @cached_property
-    def ready_key(self) -> tuple[str, tuple[str, ...]]:
-        return ready_key(self.draw.task_name, self.draw.fields)
+    @property
+    def watches(self) -> Watched:
+        """The task, and the fields of which one has to come before more can be served; no fields: whatever comes."""
+        return self.draw.task_name, () if self.plan.filters else self.draw.fields
 
     @cached_property
     def signature(self) -> Hashable:
         alike = (self.draw.batch_size, self.draw.get_n_samples)
-        return self.ready_key, self.order if self.draw.sampler_params else alike
+        key = ready_key(self.draw.task_name, self.draw.fields)
+        return key, self.order if self.draw.sampler_params else alike
 
 
 @dataclass(eq=False)
@@ -62,7 +65,7 @@ class WaitingRoom:
     def __init__(self) -> None:
         self._by_ticket: dict[Ticket, Waiting] = {}
         self._draws: dict[tuple[str, str], dict[int, WaitingDraw]] = {}
-        self._sets: dict[str, Counter[tuple[str, tuple[str, ...]]]] = {}
+        self._watched: dict[str, Counter[Watched]] = {}  # by partition
         self._puts: dict[int, WaitingPut] = {}
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._order = itertools.count()
@@ -73,7 +76,7 @@ class WaitingRoom:
     def park_draw(self, ticket: Ticket, draw: Draw, plan: Plan, partition: str, now: float) -> None:
         waiting = WaitingDraw(ticket, draw, plan, partition, now, now + draw.timeout_s, next(self._order))
         self._draws.setdefault((partition, draw.task_name), {})[waiting.order] = waiting
-        self._sets.setdefault(partition, Counter())[waiting.ready_key] += 1
+        self._watch(waiting)
         self._note(waiting)
 
     def park_put(self, ticket: Ticket, put: Put, client: str, partition: str, now: float) -> None:
@@ -89,12 +92,7 @@ class WaitingRoom:
             del room[waiting.order]
             if not room:
                 del self._draws[waiting.partition, waiting.draw.task_name]
-            sets = self._sets[waiting.partition]
-            sets[waiting.ready_key] -= 1
-            if not sets[waiting.ready_key]:
-                del sets[waiting.ready_key]
-            if not sets:
-                del self._sets[waiting.partition]
+            self._unwatch(waiting)
         elif waiting is not None:
             del self._puts[waiting.order]
         return waiting
@@ -105,10 +103,16 @@ class WaitingRoom:
 
     def tasks(self, partition: str, fields: Collection[str] | None = None) -> set[str]:
         """The tasks whose draws wait for this partition (and for one of `fields`, if given)."""
-        sets = self._sets.get(partition, ())
+        watched = self._watched.get(partition, ())
         if fields is None:
-            return {task for task, _ in sets}
-        return {task for task, wanted in sets if not set(wanted).isdisjoint(fields)}
+            return {task for task, _ in watched}
+        return {task for task, wanted in watched if not wanted or not set(wanted).isdisjoint(fields)}
+
+    def replan(self, waiting: WaitingDraw, plan: Plan) -> None:
+        """The draw is served by another sampler from now on."""
+        self._unwatch(waiting)
+        waiting.plan = plan
+        self._watch(waiting)
 
     def all_draws(self) -> list[WaitingDraw]:
         return [waiting for room in self._draws.values() for waiting in room.values()]
@@ -130,6 +134,17 @@ class WaitingRoom:
             assert waiting is not None
             late.append(waiting)
         return late
+
+    def _watch(self, waiting: WaitingDraw) -> None:
+        self._watched.setdefault(waiting.partition, Counter())[waiting.watches] += 1
+
+    def _unwatch(self, waiting: WaitingDraw) -> None:
+        watched = self._watched[waiting.partition]
+        watched[waiting.watches] -= 1
+        if not watched[waiting.watches]:
+            del watched[waiting.watches]
+        if not watched:
+            del self._watched[waiting.partition]
 
     def _note(self, waiting: Waiting) -> None:
         assert waiting.ticket not in self._by_ticket, f"ticket {waiting.ticket!r} waits already"

@@ -19,7 +19,8 @@ Selection: TypeAlias = "Sequence[int] | Int64s"
 class ReadyView(Sequence[int], ABC):
     """The ready rows of one draw in allocation order, read lazily: a slice costs its own length, not the view's.
 
-    Samplers with `lazy = True` get this instead of a list. It is only valid during the call.
+    Samplers with `lazy = True` get this instead of a list. It is only valid during the call; its slices
+    are read-only arrays.
     """
 
     @abstractmethod

@@ -23,6 +23,7 @@ from transfer_queue.wire.pool import LoopLink, Pool
 from transfer_queue.wire.ports import choose_address
 from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, SUFFIX_BYTES, name_on_wire
 from transfer_queue.wire.security import MAX_CLIENT_ID_BYTES
+from transfer_queue.wire.stream import LINGER_S
 from transfer_queue.wire.ticket import Answer
 
 __all__ = ["Peer", "SocketPending", "choose_address"]
@@ -128,6 +129,7 @@ class Peer:
                 link.wait(left_s)
             if link.introduced:
                 link.notify(frames)
+                link.finish_sending(deadline - time.monotonic())
         finally:
             pool.done(link)
 
@@ -221,6 +223,7 @@ class SocketPending:
             self._peer.notify(Cancel(request_id=self.request_id))
         elif self.link.owner == self._thread:
             self.link.drop(self.request_id, cancel=True)
+            self.link.finish_sending(LINGER_S)
         self._pool.done(self.link)
 
 

@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
-import msgpack
 import numpy as np
 
 from transfer_queue.errors import DecodeError, EncodeError
 from transfer_queue.messages import MESSAGE_TYPES
-from transfer_queue.wire.values import INT64S, Packing, Unpacking, pack_value, unpack_value
+from transfer_queue.wire.values import Packing, Unpacking, pack_int64s, pack_value, unpack_value
 
 __all__ = [
     "MAX_FRAME_BYTES",
+    "MAX_MESSAGE_BYTES",
     "Header",
     "decode",
     "encode_message",
@@ -41,6 +41,7 @@ __all__ = [
 
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 14
+MAX_MESSAGE_BYTES = 1 << 30
 MESSAGE = ord("M")
 
 _HEADER = struct.Struct("<BHQQ")
@@ -98,9 +99,13 @@ def encode_message(message: Any, request_id: int = 0, floor: int = 0) -> list[An
         values[position] = convert(values[position])
     packing = Packing(allow_tensors=False)
     body = packing.join(packing.pack(values))
-    if len(body) > MAX_FRAME_BYTES:
-        size = f"{len(body)} bytes, more than {MAX_FRAME_BYTES}"
-        raise EncodeError(f"{cls.__name__} takes {size}: send fewer rows at once")
+    total = len(body) + sum(map(frame_bytes, frames))
+    if len(body) > MAX_FRAME_BYTES or total > MAX_MESSAGE_BYTES:
+        limits = f"{MAX_FRAME_BYTES} and {MAX_MESSAGE_BYTES}"
+        raise EncodeError(
+            f"{cls.__name__} takes {len(body)} bytes beside its frames and {total} in all; the limits are {limits}: "
+            "send fewer rows at once"
+        )
     return [_HEADER.pack(MESSAGE, _CODES[cls], request_id, floor), body, *frames]
 
 
@@ -271,7 +276,7 @@ def _encode_int64s(array: Any) -> Any:
         return None
     if type(array) is not np.ndarray or array.dtype != _INT64 or array.ndim != 1:
         raise EncodeError(f"expected a one-dimensional int64 array, not {array!r:.100}")
-    return tuple.__new__(msgpack.ExtType, (INT64S, array.tobytes()))  # without the checks of its constructor
+    return pack_int64s(array)
 
 
 # ---------------------------------------------------------------- decoding one field

@@ -11,27 +11,25 @@ import errno
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import zmq
 
 from transfer_queue.errors import ConnectionLost
-from transfer_queue.wire.codec import MAX_FRAME_BYTES, MAX_FRAMES
+from transfer_queue.wire import zeromq
+from transfer_queue.wire.holders import lives, pid_behind
 from transfer_queue.wire.ports import random_ports, tcp_address, unix_address
 from transfer_queue.wire.security import Gate
-from transfer_queue.wire.stream import HIGH_WATER_MARK, MAX_MESSAGE_BYTES, Stream
-
-LINGER_S = 0.25
+from transfer_queue.wire.stream import LINGER_S, MOST_BYTES, Stream
 
 Take: TypeAlias = Callable[[Hashable, Sequence[Any]], None]
 
 _BATCH = 256
-_TURN = 8
-_READABLE = int(zmq.POLLIN)
+_TURN = 8  # messages: half a millisecond of work
 _WAITING_CONNECTIONS = 4096
 _STRANGER_BYTES = 4096  # of a message, from a connection that has not proved the token
-_COPIED_FRAMES = 2  # header and body; the buffers behind them are handed on as they are
 
 
 class Watch:
@@ -66,10 +64,12 @@ class Watch:
 class Visitor:
     """One connection at a Unix socket. A channel that nobody can name but the server."""
 
-    __slots__ = ("more", "next", "sending", "stream")
+    __slots__ = ("more", "next", "pid", "sending", "stream", "trusted")
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, pid: int) -> None:
         self.stream = stream
+        self.pid = pid  # of the process that connected
+        self.trusted = False  # it has proved the token
         self.sending = False  # the socket was full: the watch tells when it takes more
         self.next: list[Any] | None = None  # a message that waits for the next turn
         self.more = False  # another of its messages is taken right after this one
@@ -87,11 +87,11 @@ class UnixDoor:
         self._gate = gate
         self._visitors: dict[int, Visitor] = {}
         self._busy: dict[Visitor, None] = {}
-        self._full = False
+        self.paused = False  # no new connections: no descriptor or no memory is left
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
         try:
-            remove_dead_socket(path)
+            _remove_dead_socket(path)
             self._socket.bind(path)
             os.chmod(path, 0o600)
             self._socket.listen(_WAITING_CONNECTIONS)
@@ -107,37 +107,55 @@ class UnixDoor:
         return sent
 
     def close(self) -> None:
-        """Send what is left and end all connections."""
+        """Send what is left, for a moment, and end all connections."""
+        deadline = time.monotonic() + LINGER_S
         for visitor in list(self._visitors.values()):
-            self._end(visitor)
-        if not self._full:
+            self._end(visitor, max(0.0, deadline - time.monotonic()))
+        if not self.paused:
             self._watch.remove(self._socket.fileno())
         with contextlib.suppress(OSError):
             os.unlink(self._path)
         self._socket.close()
 
-    def _accept(self) -> None:
-        try:
-            connected, _ = self._socket.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # until a connection ends
-                self._full = True
-                self._watch.remove(self._socket.fileno())
-            return
-        visitor = Visitor(Stream(connected, _STRANGER_BYTES))
-        self._visitors[visitor.stream.fd] = visitor
-        self._watch.add(visitor.stream.fd, lambda: self._receive(visitor))
-
-    def _receive(self, visitor: Visitor) -> None:
-        visitor.stream.read()
-        self._take_turn(visitor)
-
     def go_on(self) -> bool:
-        """Give a turn to each connection with messages left over from its last one; return whether some still have."""
+        """Give a turn to each connection with messages left over from its last one; return whether there was any."""
         busy, self._busy = self._busy, {}
         for visitor in busy:
             self._take_turn(visitor)
-        return bool(self._busy)
+        return bool(busy)
+
+    def look_round(self) -> None:
+        """Now and then: end the connections of dead processes, and listen again if that had to stop.
+
+        A forked child that outlives its parent holds the parent's sockets, so the system does not tell.
+        """
+        dead = {pid for pid in {visitor.pid for visitor in self._visitors.values()} if not lives(pid)}
+        for visitor in [visitor for visitor in self._visitors.values() if visitor.pid in dead]:
+            self._end(visitor)
+        self._resume()
+
+    def _accept(self) -> None:
+        try:
+            connected, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            self.paused = True
+            self._watch.remove(self._socket.fileno())
+            return
+        visitor = Visitor(Stream(connected, _STRANGER_BYTES), pid_behind(connected))
+        self._visitors[visitor.stream.fd] = visitor
+        self._watch.add(visitor.stream.fd, lambda: self._receive(visitor))
+
+    def _resume(self) -> None:
+        if self.paused:
+            self.paused = False
+            self._watch.add(self._socket.fileno(), self._accept)
+
+    def _receive(self, visitor: Visitor) -> None:
+        if visitor.next is None:  # else there is no hurry to read more
+            visitor.stream.read()
+            self._take_turn(visitor)
 
     def _take_turn(self, visitor: Visitor) -> None:
         """Take some messages: many from one connection must not keep the others waiting."""
@@ -149,8 +167,8 @@ class UnixDoor:
             visitor.next = stream.next()
             visitor.more = left > 0 and visitor.next is not None
             self._take(visitor, frames)
-            if stream.limit_bytes < MAX_MESSAGE_BYTES and self._gate.client_of(visitor) is not None:
-                stream.limit_bytes = MAX_MESSAGE_BYTES
+            if not visitor.trusted and self._gate.client_of(visitor) is not None:
+                visitor.trusted, stream.limit_bytes = True, MOST_BYTES
         stream.flush()
         self._watch_sending(visitor)
         if visitor.next is not None:
@@ -158,15 +176,13 @@ class UnixDoor:
         elif stream.broken:
             self._end(visitor)
 
-    def _end(self, visitor: Visitor) -> None:
+    def _end(self, visitor: Visitor, linger_s: float = 0.0) -> None:
         del self._visitors[visitor.stream.fd]
         self._busy.pop(visitor, None)
         self._watch.remove(visitor.stream.fd)
-        visitor.stream.close(LINGER_S)
+        visitor.stream.close(linger_s)
         self._gate.forget(visitor)
-        if self._full:
-            self._full = False
-            self._watch.add(self._socket.fileno(), self._accept)
+        self._resume()
 
     def _watch_sending(self, visitor: Visitor) -> None:
         if not visitor.stream.broken and visitor.stream.full != visitor.sending:
@@ -174,7 +190,7 @@ class UnixDoor:
             self._watch.want_to_send(visitor.stream.fd, visitor.sending)
 
 
-def remove_dead_socket(path: str) -> None:
+def _remove_dead_socket(path: str) -> None:
     """Remove the socket file of a server that was killed; that of a living one stays."""
     if not os.path.exists(path):
         return
@@ -183,6 +199,9 @@ def remove_dead_socket(path: str) -> None:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
+        else:
+            if not lives(pid_behind(probe)):
+                os.unlink(path)
 
 
 class TcpDoor:
@@ -194,18 +213,8 @@ class TcpDoor:
         self._watch = watch
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        options = {
-            zmq.ROUTER_MANDATORY: 1,
-            zmq.LINGER: int(1000 * LINGER_S),
-            zmq.SNDHWM: HIGH_WATER_MARK,
-            zmq.RCVHWM: HIGH_WATER_MARK,
-            zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
-            zmq.HEARTBEAT_IVL: 5000,
-            zmq.HEARTBEAT_TIMEOUT: 30000,
-            zmq.IPV6: int(":" in host),
-        }
-        for option, value in options.items():
-            self._socket.setsockopt(option, value)
+        zeromq.configure(self._socket, ipv6=":" in host)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             self.address = self._bind(host, port)
         except BaseException:
@@ -222,17 +231,10 @@ class TcpDoor:
     def receive(self) -> None:
         """Take what has arrived, at most some hundred messages; `stirred` tells whether there may be more."""
         for _ in range(_BATCH):
-            if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
+            if not zeromq.is_readable(self._socket):
                 self.stirred = False
                 return
-            identity = self._socket.recv(zmq.NOBLOCK)
-            frames: list[Any] = []
-            count = 0
-            while self._socket.getsockopt(zmq.RCVMORE):  # frames of strangers and frames without number are dropped
-                frame = self._socket.recv(copy=count < _COPIED_FRAMES)
-                count += 1
-                if count <= MAX_FRAMES + _COPIED_FRAMES:
-                    frames.append(frame.buffer if isinstance(frame, zmq.Frame) else frame)
+            identity, *frames = zeromq.receive(self._socket, envelope=1)
             if frames:
                 self._take(identity, frames)
 
@@ -240,8 +242,7 @@ class TcpDoor:
         """Send at once; return whether the connection is there."""
         self._stir()
         try:
-            small = len(frames) <= _COPIED_FRAMES
-            self._socket.send_multipart([channel, *frames], zmq.NOBLOCK, copy=small)
+            zeromq.send(self._socket, [channel, *frames], envelope=1)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False

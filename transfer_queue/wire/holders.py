@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
+import struct
 from pathlib import Path
 
 from transfer_queue.messages import ProcessId
 
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _DEAD_STATES = "ZX"
 _STATE, _START_TIME = 0, 19  # fields of /proc/<pid>/stat behind the name
 
@@ -45,3 +48,18 @@ def _stat(pid: int) -> list[str] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return text[text.rindex(")") + 1 :].split()
+
+
+def pid_behind(connected: socket.socket) -> int:
+    """Return the id of the process that made the other end of a Unix socket; 0 if it is not visible from here."""
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(credentials)[0]
+    return pid
+
+
+def lives(pid: int) -> bool:
+    """Whether a process of this id runs; one that cannot be known (0) is taken to."""
+    if pid == 0:
+        return True
+    stat = _stat(pid)
+    return stat is not None and stat[_STATE] not in _DEAD_STATES

@@ -14,14 +14,10 @@ from typing import Any, Protocol
 import zmq
 
 from transfer_queue.errors import ConnectionLost
-from transfer_queue.wire.codec import MAX_FRAME_BYTES
+from transfer_queue.wire import zeromq
+from transfer_queue.wire.holders import lives, pid_behind
 from transfer_queue.wire.ports import is_unix_address, unix_path
-from transfer_queue.wire.stream import HIGH_WATER_MARK, Stream
-
-LINGER_S = 0.25
-
-_COPIED_FRAMES = 2
-_READABLE = int(zmq.POLLIN)
+from transfer_queue.wire.stream import LINGER_S, Stream
 
 
 class Line(Protocol):
@@ -29,14 +25,18 @@ class Line(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection, or one in the making that nobody else has to see to."""
+        """Whether there is a connection, as far as is known; False: `reconnect` has to be called until it succeeds."""
+
+    @property
+    def sending(self) -> bool:
+        """Whether the connection could not take yet all that was sent."""
 
     @property
     def fd(self) -> int:
         """The descriptor that an event loop watches; the same one as long as the line lives."""
 
     @property
-    def silent(self) -> bool:
+    def edge_triggered(self) -> bool:
         """Sending may swallow the signal of `fd`, so look for input after each `send`."""
 
     def reconnect(self) -> bool:
@@ -57,7 +57,15 @@ class Line(Protocol):
     def next(self) -> list[Any] | None:
         """Return the frames of the next message that has arrived."""
 
-    def close(self) -> None: ...
+    @property
+    def orphaned(self) -> bool:
+        """Whether the process at the other end is known to be dead. A forked child of it may hold the connection."""
+
+    def give_up(self) -> None:
+        """End a connection whose other end does not answer any more."""
+
+    def close(self, *, linger: bool = True) -> None:
+        """End it for good; `linger`: after a moment for what could not be sent yet."""
 
 
 def open_line(address: str, bell_fd: int) -> Line:
@@ -74,19 +82,16 @@ def open_line(address: str, bell_fd: int) -> Line:
 class UnixLine:
     """To a server of this host."""
 
-    silent = False
+    edge_triggered = False
 
     def __init__(self, path: str, bell_fd: int) -> None:
         self._path = path
         self._watch = select.epoll()  # of its own, so that `fd` outlives a connection
         self._watch.register(bell_fd, select.EPOLLIN)
         self._stream: Stream | None = None
-        self._sending = False
-        try:
-            self.reconnect()
-        except OSError:
-            self._watch.close()
-            raise
+        self._server_pid = 0
+        self.sending = False
+        self.reconnect()
 
     @property
     def connected(self) -> bool:
@@ -99,7 +104,10 @@ class UnixLine:
     def reconnect(self) -> bool:
         if self._stream is not None:
             return True
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError:  # no descriptor is left
+            return False
         made.setblocking(False)
         try:
             made.connect(self._path)
@@ -107,7 +115,7 @@ class UnixLine:
             made.close()
             return False
         self._watch.register(made.fileno(), select.EPOLLIN)
-        self._stream, self._sending = Stream(made), False
+        self._stream, self._server_pid = Stream(made), pid_behind(made)
         return True
 
     def send(self, frames: Sequence[Any], *, hold: bool = False) -> bool:
@@ -128,52 +136,55 @@ class UnixLine:
     def read(self) -> None:
         if self._stream is None:
             return
-        if self._sending:
+        if self.sending:
             self.flush()
         self._stream.read()
         if self._stream.broken:
             self._end(self._stream)
 
     def next(self) -> list[Any] | None:
-        return None if self._stream is None else self._stream.next()
+        frames = None if self._stream is None else self._stream.next()
+        if self._stream is not None and self._stream.broken:
+            self._end(self._stream)
+        return frames
 
-    def close(self) -> None:
+    @property
+    def orphaned(self) -> bool:
+        return self._stream is not None and not lives(self._server_pid)
+
+    def give_up(self) -> None:
         if self._stream is not None:
             self._end(self._stream)
+
+    def close(self, *, linger: bool = True) -> None:
+        if self._stream is not None:
+            self._end(self._stream, LINGER_S if linger else 0.0)
         self._watch.close()
 
-    def _end(self, stream: Stream) -> None:
+    def _end(self, stream: Stream, linger_s: float = 0.0) -> None:
         self._watch.unregister(stream.fd)  # a forked child may hold the socket, so closing it is not enough
-        stream.close(LINGER_S)
-        self._stream = None
+        stream.close(linger_s)
+        self._stream, self.sending = None, False
 
     def _watch_sending(self, stream: Stream) -> None:
-        if stream.full != self._sending:
-            self._sending = not self._sending
-            self._watch.modify(stream.fd, select.EPOLLIN | (select.EPOLLOUT if self._sending else 0))
+        if stream.full != self.sending:
+            self.sending = not self.sending
+            self._watch.modify(stream.fd, select.EPOLLIN | (select.EPOLLOUT if self.sending else 0))
 
 
 class ZmqLine:
     """To a server anywhere; ZeroMQ reconnects by itself."""
 
     connected = True
-    silent = True
+    edge_triggered = True
+    sending = False
+    orphaned = False
 
     def __init__(self, address: str, bell_fd: int) -> None:
-        options = {
-            zmq.LINGER: int(1000 * LINGER_S),
-            zmq.SNDHWM: HIGH_WATER_MARK,
-            zmq.RCVHWM: HIGH_WATER_MARK,
-            zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
-            zmq.RECONNECT_IVL: 50,
-            zmq.RECONNECT_IVL_MAX: 1000,
-            zmq.HEARTBEAT_IVL: 5000,
-            zmq.HEARTBEAT_TIMEOUT: 30000,
-            zmq.IPV6: int("[" in address),
-        }
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        for option, value in options.items():
-            self._socket.setsockopt(option, value)
+        zeromq.configure(self._socket, ipv6="[" in address)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.connect(address)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -188,7 +199,7 @@ class ZmqLine:
 
     def send(self, frames: Sequence[Any], *, hold: bool = False) -> bool:  # ZeroMQ gathers small messages by itself
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) <= _COPIED_FRAMES)
+            zeromq.send(self._socket, frames)
         except zmq.Again:
             return False
         return True
@@ -201,13 +212,9 @@ class ZmqLine:
     def read(self) -> None: ...
 
     def next(self) -> list[Any] | None:
-        if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
-            return None
-        frames: list[Any] = [self._socket.recv(zmq.NOBLOCK)]
-        while self._socket.getsockopt(zmq.RCVMORE):
-            frame = self._socket.recv(copy=len(frames) < _COPIED_FRAMES)
-            frames.append(frame.buffer if isinstance(frame, zmq.Frame) else frame)
-        return frames
+        return zeromq.receive(self._socket) if zeromq.is_readable(self._socket) else None
 
-    def close(self) -> None:
-        self._socket.close()
+    def give_up(self) -> None: ...  # ZeroMQ does, by its heartbeats
+
+    def close(self, *, linger: bool = True) -> None:
+        self._socket.close(linger=None if linger else 0)

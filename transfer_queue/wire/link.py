@@ -26,6 +26,8 @@ PROBE_AFTER_S = 1.5  # a server that works pings a waiting client each second
 RECONNECT_S = 0.05
 RECEIVE_BATCH = 256
 
+_MOST_UNANSWERED = 5  # probes
+
 
 class _Sent(NamedTuple):
     frames: list[Any]
@@ -51,7 +53,7 @@ class Link:
     ) -> None:
         self.failure: TransferQueueError | None = None
         self.owner: int | None = None
-        self.torn = False  # interrupted within a message
+        self.torn = False  # interrupted within a message: of no use any more
         self._introduction = Introduction(token, client_id)
         self._on_push = on_push
         self._on_welcome = on_welcome
@@ -59,6 +61,7 @@ class Link:
         self._unsent: list[list[Any]] = []
         self._line = open_line(address, bell_fd)
         self._heard = self._probed = time.monotonic()
+        self._unanswered = 0  # probes since something was heard
         self._greet()
 
     @property
@@ -68,7 +71,7 @@ class Link:
     @property
     def busy(self) -> bool:
         """Something waits for the server: an answer, or a message that could not be sent yet."""
-        return bool(self._waiting or self._unsent)
+        return bool(self._waiting or self._unsent) or self._line.sending
 
     @property
     def introduced(self) -> bool:
@@ -81,9 +84,9 @@ class Link:
         return self._line.fd
 
     @property
-    def silent(self) -> bool:
+    def edge_triggered(self) -> bool:
         """Sending may swallow the signal of `fd`, so `receive` after each call here."""
-        return self._line.silent
+        return self._line.edge_triggered
 
     @property
     def patience_s(self) -> float:
@@ -108,7 +111,10 @@ class Link:
 
     def flush(self) -> None:
         """Send what was held."""
-        self._line.flush()
+        if not self.torn:
+            self.torn = True
+            self._line.flush()
+            self.torn = False
 
     def drop(self, request_id: int, *, cancel: bool) -> None:
         """Do not wait for this request any more; `cancel`: tell the server."""
@@ -118,12 +124,15 @@ class Link:
     def wait(self, timeout_s: float) -> None:
         """Wait for input, for the bell, or for as long as the server may be quiet; then receive."""
         if self._line.wait(max(0.0, min(timeout_s, self.patience_s))):
-            self.receive()
+            while self.receive():
+                pass
         else:
             self.probe()
 
     def receive(self, batch: int = RECEIVE_BATCH) -> bool:
         """Take what has arrived, at most `batch` messages; return whether more may be there."""
+        if self.torn:
+            return False
         self.torn = True
         self._line.read()
         for _ in range(batch):
@@ -135,6 +144,7 @@ class Link:
                     self._introduction.lost()
                 return False
             self._heard = time.monotonic()
+            self._unanswered = 0
             try:
                 self._take(frames)
             except (NotAuthorized, ProtocolMismatch, DecodeError) as error:
@@ -145,22 +155,37 @@ class Link:
     def probe(self) -> None:
         """If the server is quiet, find out whether it still knows us. An introduction without answer starts over.
 
-        One-way messages are not kept for a server that is not there, unless a request waits for it as well.
+        A connection that stays quiet is given up for a new one: a forked child may hold the other end of it after the
+        server was killed. One-way messages are not kept for a server that is not there, unless a request waits for it
+        as well.
         """
         now = time.monotonic()
-        if self.failure is not None:
+        if self.failure is not None or self.torn:
             return
+        quiet = now - max(self._heard, self._probed) >= PROBE_AFTER_S
+        if self._line.connected and quiet and (self._unanswered > _MOST_UNANSWERED or self._line.orphaned):
+            self._line.give_up()
+            self._introduction.lost()
         if not self._line.connected and self._line.reconnect():
             self._greet()
-        elif now - max(self._heard, self._probed) < PROBE_AFTER_S:
+            self._unanswered = 0
+        elif not quiet:
             return
         elif self._introduction.welcomed:
             self._send([signal(Kind.PROBE)])
+            self._unanswered += 1
         else:
             self._greet()
+            self._unanswered += 1
             if not self._waiting:
                 self._unsent.clear()
         self._probed = now
+
+    def finish_sending(self, timeout_s: float) -> None:
+        """Wait until the connection has taken what was sent."""
+        deadline = time.monotonic() + timeout_s
+        while self._line.sending and not self.torn and (left_s := deadline - time.monotonic()) > 0:
+            self.wait(left_s)
 
     def fail(self, error: TransferQueueError) -> None:
         """End all requests with this error; the link is of no use any more."""
@@ -170,7 +195,7 @@ class Link:
             self._waiting.pop(next(iter(self._waiting))).resolve(error)
 
     def close(self) -> None:
-        self._line.close()
+        self._line.close(linger=not self.torn)
 
     # ------------------------------------------------------------ inside
 
@@ -211,6 +236,8 @@ class Link:
         self._on_welcome()
 
     def _send(self, frames: Sequence[Any], *, hold: bool = False) -> None:
+        if self.torn:
+            return
         self.torn = True
         sent = self._line.send(frames, hold=hold)
         self.torn = False

@@ -75,7 +75,7 @@ class LoopLink:
             self._after_sending()
 
     def _after_sending(self) -> None:
-        if self.link.silent:
+        if self.link.edge_triggered:
             self._look_again()
         elif not self.link.busy:
             self.detach()

@@ -146,7 +146,10 @@ class Server:
         if now >= self._next_ping:
             self._next_ping = now + PING_INTERVAL_S
             self._desk.ping(PING_INTERVAL_S)
-        wait_s = self._next_ping - now if self._desk.waiting else _IDLE_S
+            if self._unix is not None:
+                self._unix.look_round()
+        hurry = self._desk.waiting or (self._unix is not None and self._unix.paused)
+        wait_s = self._next_ping - now if hurry else _IDLE_S
         return max(0.0, wait_s if due_s is None else min(wait_s, due_s))
 
     def _take(self, channel: Hashable, frames: Sequence[Any]) -> None:

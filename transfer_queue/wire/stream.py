@@ -11,14 +11,17 @@ import contextlib
 import itertools
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from transfer_queue.wire.codec import MAX_FRAME_BYTES, frame_bytes
+from transfer_queue.wire.codec import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, frame_bytes
 
-MAX_MESSAGE_BYTES = 4 * MAX_FRAME_BYTES
-HIGH_WATER_MARK = 16384
+HIGH_WATER_MARK = 16384  # messages that may wait for the other end
+LINGER_S = 0.25
+
+MOST_BYTES = MAX_MESSAGE_BYTES + (1 << 20)  # a message and the sizes of its frames
 
 _READ_BYTES = 1 << 16
 _JOINED_BYTES = 1 << 14  # smaller messages are sent in one piece
@@ -32,21 +35,22 @@ _OUT_OF_BAND = 2  # header and body come as bytes, the frames behind them as vie
 
 
 class Stream:
-    """One end of a connection. `limit_bytes`: larger messages of the other end break it.
+    """One end of a connection. `limit_bytes`: larger messages of the other end break it (None: none are sent).
 
     full     the socket took no more; `flush` when it does again
     deaf     the other end takes nothing any more; what it sent before can still be read
     broken   the other end is gone, or sent what is no message; nothing comes any more
     """
 
-    def __init__(self, connected: socket.socket, limit_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(self, connected: socket.socket, limit_bytes: int | None = None) -> None:
         connected.setblocking(False)
-        self.limit_bytes = limit_bytes
+        self.limit_bytes = MOST_BYTES if limit_bytes is None else limit_bytes
         self.broken = False
         self.deaf = False
         self.full = False
         self._socket = connected
         self._backlog: deque[Any] = deque()
+        self._behind = 0  # messages since the backlog was empty
         self._data = b""
         self._at = 0
         self._large: memoryview | None = None  # a message longer than one read, and how much of it is here
@@ -62,15 +66,19 @@ class Stream:
     # ------------------------------------------------------------ sending
 
     def send(self, frames: Sequence[Any], *, hold: bool = False) -> bool:
-        """Send a message; `hold`: with some that follow, or the next `flush`. Return whether it is on its way."""
-        if self.deaf or self.broken or len(self._backlog) > HIGH_WATER_MARK:
+        """Send a message; `hold`: with some that follow, or the next `flush`.
+
+        False: nobody takes it. What was taken may still be lost if the connection breaks.
+        """
+        if self.deaf or self.broken or self._behind >= HIGH_WATER_MARK:
             return False
+        self._behind += 1
         sizes = [frame_bytes(frame) for frame in frames]
         head = struct.pack(f"<{len(sizes) + 1}I", len(sizes), *sizes)
         if sum(sizes) <= _JOINED_BYTES:
             self._backlog.append(b"".join((head, *frames)))
         else:
-            self._backlog.extend(filter(len, (head, *frames)))
+            self._backlog.extend(filter(frame_bytes, (head, *frames)))
         if not hold or len(self._backlog) >= _MOST_HELD:
             self.flush()
         return not self.deaf
@@ -86,11 +94,14 @@ class Stream:
                 else:
                     sent = self._socket.sendmsg(list(itertools.islice(backlog, _MOST_PARTS)))
                 self._drop_sent(sent)
+            self._behind = 0
         except BlockingIOError:
             self.full = True
         except OSError:
             self.deaf = True
             backlog.clear()
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)  # so that the other end ends it, whatever the reason was
 
     def _drop_sent(self, sent: int) -> None:
         while sent:
@@ -167,11 +178,11 @@ class Stream:
 
     def close(self, linger_s: float = 0.0) -> None:
         """Close the socket, after at most `linger_s` of sending what waits. May be called twice."""
-        if self._backlog and not self.broken and linger_s:
-            with contextlib.suppress(OSError):
-                self._socket.settimeout(linger_s)
-                while self._backlog:
-                    self._drop_sent(self._socket.send(self._backlog[0]))
+        deadline = time.monotonic() + linger_s
+        with contextlib.suppress(OSError):
+            while self._backlog and (left_s := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(left_s)
+                self._drop_sent(self._socket.send(self._backlog[0]))
         self._break()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # also where a forked child holds it

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from transfer_queue.errors import DecodeError, EncodeError
 from transfer_queue.wire import arrays
@@ -29,13 +30,17 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MAX_DEPTH = 32  # of tuples, sets and object arrays; lists and dicts may nest some hundred deep between two of these
 
-TUPLE, SET, FROZENSET, BIG_INT, COMPLEX, INT64S, SCALAR, ARRAY, OBJECT_ARRAY, TENSOR, PICKLE = range(1, 12)
+TUPLE, SET, FROZENSET, BIG_INT, COMPLEX, INT64S, SCALAR, ARRAY, OBJECT_ARRAY, TENSOR, PICKLE, RANGE = range(1, 13)
 
 _MARK = 0xC1
 _INT64 = np.dtype("<i8")
 _HEAD = struct.Struct("<BQQ")
 _COMPLEX = struct.Struct("<dd")
 _TRUSTED_CLAIM = 1 << 17
+_RANGE = struct.Struct("<qqq")  # first value, step, count
+_LEAST_RANGE = 256
+MAX_RANGE = 1 << 22
+_MOST_IN_RANGES = 1 << 25  # elements, of all ranges of a message
 _UNPICKLING_ERRORS = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError),
     *(LookupError, TypeError, ValueError, RecursionError),
@@ -138,7 +143,7 @@ class Packing:
 class Unpacking:
     """One value on its way back: `split` off the segments, `unpack` the body, then `finish`."""
 
-    __slots__ = ("allow_pickle", "allow_tensors", "depth", "next_segment", "segments")
+    __slots__ = ("allow_pickle", "allow_tensors", "depth", "in_ranges", "next_segment", "segments")
 
     def __init__(self, *, allow_pickle: bool = False, allow_tensors: bool = True) -> None:
         self.allow_pickle = allow_pickle
@@ -146,6 +151,7 @@ class Unpacking:
         self.depth = 0
         self.segments: list[memoryview] = []
         self.next_segment = 0
+        self.in_ranges = 0
 
     def split(self, buffer: Buffer) -> bytes:
         """Return the body; keep views of the segments."""
@@ -210,6 +216,18 @@ class Unpacking:
         dtype, shape = self.items(data, 2)
         return arrays.tensor_from_parts(dtype, shape, self.take_segment())
 
+    def restore_range(self, data: bytes) -> arrays.Array:
+        """Return a read-only int64 array. All ranges of a message together are bounded: each takes few bytes."""
+        first, step, count = _RANGE.unpack(data)
+        self.in_ranges += count
+        if not 2 <= count <= MAX_RANGE or self.in_ranges > _MOST_IN_RANGES:
+            raise DecodeError(f"a range cannot have {count} elements, nor a message {self.in_ranges} in ranges")
+        if not -(1 << 63) <= first + (count - 1) * step < 1 << 63:
+            raise DecodeError(f"a range of {count} elements from {first} by {step} exceeds 64 bits")
+        found = first + step * np.arange(count, dtype=np.int64) if step else np.full(count, first, np.int64)
+        found.flags.writeable = False
+        return found
+
     def restore_pickle(self, data: bytes) -> Any:
         if not self.allow_pickle:
             raise DecodeError("the value was pickled; set allow_pickle on this side too if you trust its writer")
@@ -217,6 +235,20 @@ class Unpacking:
             return pickle.loads(data)
         except _UNPICKLING_ERRORS as error:
             raise DecodeError(f"cannot unpickle a value of {len(data)} bytes: {error}") from error
+
+
+def pack_int64s(array: NDArray[np.int64]) -> msgpack.ExtType:
+    """Encode a flat int64 array; a long one of equal steps (rows put together, rows of one block) as a range."""
+    count = len(array)
+    if _LEAST_RANGE <= count <= MAX_RANGE:
+        first, step = int(array[0]), int(array[1]) - int(array[0])
+        if int(array[-1]) == first + (count - 1) * step and bool((array[1:] - array[:-1] == step).all()):
+            return _extension(RANGE, _RANGE.pack(first, step, count))
+    return _extension(INT64S, array.tobytes())
+
+
+def _extension(code: int, data: bytes) -> msgpack.ExtType:
+    return tuple.__new__(msgpack.ExtType, (code, data))  # without the checks of its constructor
 
 
 def restore_int64s(data: bytes) -> arrays.Array:
@@ -237,6 +269,7 @@ _RESTORE: dict[int, _Restore] = {
     OBJECT_ARRAY: lambda u, data: arrays.object_array_from_parts(*u.items(data, 3)),
     TENSOR: Unpacking.restore_tensor,
     PICKLE: Unpacking.restore_pickle,
+    RANGE: Unpacking.restore_range,
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from tests.unit.ledger.driver import Driver, rows
-from transfer_queue import GRPOSampler
-from transfer_queue.errors import InvalidArgument, StaleSampleError, UnknownName
+from transfer_queue import BaseSampler, GRPOSampler
+from transfer_queue.errors import InvalidArgument, SamplerError, StaleSampleError, UnknownName
 
 
 def test_interleaved_producers_never_make_a_mixed_or_partial_group() -> None:
@@ -160,3 +161,30 @@ def test_groups_survive_the_compaction_of_a_long_lived_partition() -> None:
         assert rows(done)
     assert queue.account()["consumed"] == drawn == 24_000
     assert len(queue.ledger.reports.consumption_status("t")) <= 2048
+
+
+def test_sealed_groups_smaller_than_the_usual_size_are_drawn_by_any_sampler() -> None:
+    """Also on top of the default one: as many groups as were asked for, whatever rows they have."""
+    queue = Driver(num_n_samples=4)
+    queue.put(4, group_ids=["a", "a", "b", "b"])
+    assert queue.draw(8, get_n_samples=True) is None
+    queue.seal("a")
+    queue.seal("b")
+    assert rows(queue.answers[queue.ticket]) == [0, 1, 2, 3]
+
+
+class ByGroups(BaseSampler):
+    """Hands out rows of groups although it is asked for first rows."""
+
+    lazy = True
+
+    def sample(self, ready_indices: Any, batch_size: int, **kwargs: Any) -> Any:
+        return ready_indices.groups(batch_size, 2)[1][:batch_size]
+
+
+def test_a_sampler_that_hands_out_other_rows_than_the_first_of_groups_is_refused() -> None:
+    """What a view of groups gives out besides is not taken for its own rows."""
+    queue = Driver(num_n_samples=2, sampler=ByGroups())
+    queue.put(8)
+    with pytest.raises(SamplerError, match="not ready for this draw"):
+        queue.draw(4, get_n_samples=True, timeout_s=0)

@@ -187,3 +187,30 @@ def test_a_sampler_registered_later_serves_the_draws_that_wait() -> None:
     assert "(3) must be divisible by num_n_samples (2)" in str(error)
     queue.put(3, ["y"], **part)
     assert rows(queue.answers[queue.ticket - 2]) == [2, 3]
+
+
+class Rewarded(BaseSampler):
+    """Looks at a field that the draw does not ask for."""
+
+    def filter_ready_indices(self, all_indices: Any, production_status: Any, *args: Any, **kwargs: Any) -> list[int]:
+        reward = args[2].get("reward")
+        return [] if reward is None else [row for row in all_indices if production_status[row, reward]]
+
+    def sample(self, ready_indices: Any, batch_size: int, **kwargs: Any) -> Any:
+        return ready_indices[:batch_size]
+
+
+@pytest.mark.parametrize("registered_later", [False, True])
+def test_a_sampler_with_a_filter_is_asked_whatever_field_comes(registered_later: bool) -> None:
+    """It may look at any field, so any put may bring what it waits for."""
+    queue = Driver(sampler=None if registered_later else Rewarded())
+    first = queue.put(2)
+    assert queue.draw(3) is None
+    waiting = queue.ticket
+    if registered_later:
+        queue.register("t", Rewarded())
+    second = queue.put(1)
+    queue.put(fields=["reward"], to=first)
+    assert waiting not in queue.answers
+    queue.put(fields=["reward"], to=second)
+    assert rows(queue.answers[waiting]) == [0, 1, 2]
