@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from transfer_queue.storage.shares import SHARE_BYTES, Copy, run_all
@@ -28,6 +28,8 @@ class Counted:
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 50)), max_size=8), st.integers(1, 5))
+@example([(1, 0), (0, 1)], 1)
+@example([(0, 3), (8, 8), (0, 2), (0, 1)], 4)
 def test_every_part_is_done_once(sizes: list[tuple[int, int]], threads: int) -> None:
     """However the work is cut, no part is left out or done twice; empty work is no trouble."""
     works = [Counted(size, parts) for size, parts in sizes]

@@ -90,8 +90,9 @@ def _shares(works: Sequence[Work], total: int, count: int) -> list[_Share]:
     at = 0
     for work in works:
         size, parts = work.size_bytes, work.parts
-        begin, last = 0, max(at + size - 1, 0) // limit
-        for number in range(at // limit, last + 1):
+        begin, first = 0, min(at // limit, count - 1)
+        last = max((at + size - 1) // limit, first)  # what has no bytes lies where it begins
+        for number in range(first, last + 1):
             end = parts if number == last else min(parts, ((number + 1) * limit - at) * parts // size)
             if end > begin:
                 shares[number].append((work, begin, end))
