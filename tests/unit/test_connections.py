@@ -17,6 +17,8 @@ import pytest
 from tests.unit.serving import TOKEN, WAIT_S, BareClient, Recorder, announce, draw, frees_done
 from transfer_queue.errors import InvalidArgument
 from transfer_queue.messages import Draw, GetAudit, ListPartitions, Request, Unpin
+from transfer_queue.wire import doors
+from transfer_queue.wire import server as server_module
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.codec import encode_message
@@ -133,6 +135,27 @@ def test_one_way_messages_leave_without_a_later_call(tmp_path: Path) -> None:
             peer.notify(frees_done(number))
         handler.wait_for(lambda: len(handler.requests) == 3000)
         peer.close()
+
+
+def test_what_a_dead_process_sent_is_taken_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection ends when nothing of it is left to read."""
+    alive = [True]
+    monkeypatch.setattr(doors, "lives", lambda pid: alive[0])
+    monkeypatch.setattr(server_module, "PING_INTERVAL_S", 0.0)
+    handler = Slow()
+    with serving(handler, tmp_path) as server, BareClient(server.local_address) as client:
+        client.introduce()
+        for number in range(1000):
+            client.line.send(encode_message(frees_done(number)), hold=True)
+        client.line.flush()
+        while client.line.sending:
+            client.line.flush()
+        alive[0] = False
+        handler.wait_for(lambda: len(handler.requests) == 1000)
+        server.wake()
+        while client.line.connected:
+            client.line.wait(WAIT_S)
+            client.line.read()
 
 
 def test_a_connection_that_an_orphan_holds_is_given_up(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transfer_queue.errors import ConnectionLost
+from transfer_queue.storage.gather import Pick
 from transfer_queue.storage.mapping import Bytes, map_file, map_privately
+
+_VIEW_BYTES = 1 << 16  # smaller columns are copied
 
 
 class ArenaMaps:
@@ -50,8 +53,38 @@ class Hold:
     __slots__ = ("__weakref__",)
 
 
-def private_view(path: str, start: int, size_bytes: int, hold: Hold) -> Bytes:
-    """Map [start, +size_bytes) of an arena copy-on-write: writable, and writes stay in the views of the result."""
+def private_views(maps: ArenaMaps, parts: Sequence[Pick], hold: Hold) -> list[Bytes | None]:
+    """Map the values of each part copy-on-write: writable, and writes stay in the view. Once for all of an arena.
+
+    None for a part that does not lie in one piece of an arena, or is small: it is to be copied.
+    """
+    places = [_place(maps, part) for part in parts]
+    reach: dict[str, tuple[int, int]] = {}
+    for part, place in zip(parts, places, strict=True):
+        if place is not None:
+            path, start = place
+            low, high = reach.get(path, (start, start))
+            reach[path] = min(low, start), max(high, start + part.size_bytes)
+    mapped = {path: _map_part(path, low, high - low, hold) for path, (low, high) in reach.items()}
+    views: list[Bytes | None] = []
+    for part, place in zip(parts, places, strict=True):
+        if place is None:
+            views.append(None)
+        else:
+            path, start = place
+            at = start - reach[path][0]
+            views.append(mapped[path][at : at + part.size_bytes])
+    return views
+
+
+def _place(maps: ArenaMaps, part: Pick) -> tuple[str, int] | None:
+    """Return the arena and the offset in it where the values of a part lie in one piece."""
+    stored = part.stored() if part.size_bytes >= _VIEW_BYTES else None
+    path = None if stored is None else maps.path_of(stored[0])
+    return None if stored is None or path is None else (path, stored[1])
+
+
+def _map_part(path: str, start: int, size_bytes: int, hold: Hold) -> Bytes:
     descriptor = _open(path, os.O_RDONLY)
     try:
         return map_privately(descriptor, start, size_bytes, hold)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from transfer_queue.client.arenas import ArenaMaps, Hold, Releaser, private_view
+from transfer_queue.client.arenas import ArenaMaps, Hold, Releaser, private_views
 from transfer_queue.client.buffers import DEFAULT_IDLE_BYTES, BufferPool
 from transfer_queue.client.fetching import Fetching
 from transfer_queue.client.results import copied
@@ -57,7 +57,6 @@ WRITES_IN_FLIGHT = 4
 
 _REFRESH_S = 30.0
 _SPAN_WAIT_S = 0.1
-_VIEW_BYTES = 1 << 16  # smaller columns are copied, also where a view was asked for
 
 
 class Transfer:
@@ -373,36 +372,8 @@ def _row_set(location: Location, local: dict[int, Block], fetches: Sequence[Fetc
 
 def _filled(transfer: Transfer, parts: Sequence[Pick], views: Sequence[Hold]) -> list[GatheredColumn]:
     """Give every part its values: views where they were asked for and can be had, else copies."""
-    values: list[Bytes | None] = _views(transfer, parts, views[0]) if views else [None] * len(parts)
+    values: list[Bytes | None] = private_views(transfer.maps, parts, views[0]) if views else [None] * len(parts)
     missing = [number for number, found in enumerate(values) if found is None]
     for number, copy in zip(missing, copied(transfer.pool, [parts[number] for number in missing]), strict=True):
         values[number] = copy
     return [gathered(part, found) for part, found in zip(parts, values, strict=True) if found is not None]
-
-
-def _views(transfer: Transfer, parts: Sequence[Pick], hold: Hold) -> list[Bytes | None]:
-    """Map the values of those parts privately that lie in one piece of an arena: once for all parts of an arena."""
-    places = [_place(transfer, part) for part in parts]
-    reach: dict[str, tuple[int, int]] = {}
-    for part, place in zip(parts, places, strict=True):
-        if place is not None:
-            path, start = place
-            low, high = reach.get(path, (start, start))
-            reach[path] = min(low, start), max(high, start + part.size_bytes)
-    maps = {path: private_view(path, low, high - low, hold) for path, (low, high) in reach.items()}
-    views: list[Bytes | None] = []
-    for part, place in zip(parts, places, strict=True):
-        if place is None:
-            views.append(None)
-        else:
-            path, start = place
-            at = start - reach[path][0]
-            views.append(maps[path][at : at + part.size_bytes])
-    return views
-
-
-def _place(transfer: Transfer, part: Pick) -> tuple[str, int] | None:
-    """Return the arena and the offset in it where the values of a part lie in one piece; None if it is to be copied."""
-    stored = part.stored() if part.size_bytes >= _VIEW_BYTES else None
-    path = None if stored is None else transfer.maps.path_of(stored[0])
-    return None if stored is None or path is None else (path, stored[1])

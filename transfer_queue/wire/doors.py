@@ -97,7 +97,9 @@ class UnixDoor:
             self._socket.listen(_WAITING_CONNECTIONS)
         except OSError as error:
             self._socket.close()
-            raise ConnectionLost(f"cannot listen at {self.address}: {error}; its folder has to exist") from error
+            raise ConnectionLost(
+                f"cannot listen at {self.address}: {error}; is there such a folder, and no other server?"
+            ) from error
         watch.add(self._socket.fileno(), self._accept)
 
     def send(self, channel: Visitor, frames: Sequence[Any]) -> bool:
@@ -127,11 +129,15 @@ class UnixDoor:
     def look_round(self) -> None:
         """Now and then: end the connections of dead processes, and listen again if that had to stop.
 
-        A forked child that outlives its parent holds the parent's sockets, so the system does not tell.
+        A forked child that outlives its parent holds the parent's sockets, so the system does not tell. What the parent
+        sent before it died is taken first.
         """
         dead = {pid for pid in {visitor.pid for visitor in self._visitors.values()} if not lives(pid)}
-        for visitor in [visitor for visitor in self._visitors.values() if visitor.pid in dead]:
-            self._end(visitor)
+        for visitor in [one for one in self._visitors.values() if one.pid in dead and one.next is None]:
+            if visitor.stream.read():
+                self._take_turn(visitor)
+            else:
+                self._end(visitor)
         self._resume()
 
     def _accept(self) -> None:

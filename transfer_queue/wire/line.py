@@ -1,7 +1,7 @@
 """The two ways to a server: a Unix socket on its host, ZeroMQ over TCP from elsewhere.
 
-A line carries messages of several frames. It is made at once, also where no server listens yet, and gets by itself
-over a server that is gone for a while; `connected` tells whether what is sent can arrive.
+A line carries messages of several frames. It is made at once, also where no server listens yet, and outlives a server
+that is gone for a while: while it is not `connected`, its owner calls `reconnect` now and then.
 """
 
 from __future__ import annotations

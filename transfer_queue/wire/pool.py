@@ -102,6 +102,7 @@ class LoopLink:
 
     def _tick(self) -> None:
         if not self._released:
+            self.link.receive()  # what has arrived may be the answer
             self.link.probe()
             self._tick_later()
             self._look_again()

@@ -35,16 +35,16 @@ _OUT_OF_BAND = 2  # header and body come as bytes, the frames behind them as vie
 
 
 class Stream:
-    """One end of a connection. `limit_bytes`: larger messages of the other end break it (None: none are sent).
+    """One end of a connection. `limit_bytes`: larger messages of the other end break it.
 
     full     the socket took no more; `flush` when it does again
     deaf     the other end takes nothing any more; what it sent before can still be read
     broken   the other end is gone, or sent what is no message; nothing comes any more
     """
 
-    def __init__(self, connected: socket.socket, limit_bytes: int | None = None) -> None:
+    def __init__(self, connected: socket.socket, limit_bytes: int = MOST_BYTES) -> None:
         connected.setblocking(False)
-        self.limit_bytes = MOST_BYTES if limit_bytes is None else limit_bytes
+        self.limit_bytes = limit_bytes
         self.broken = False
         self.deaf = False
         self.full = False
@@ -114,8 +114,8 @@ class Stream:
 
     # ------------------------------------------------------------ receiving
 
-    def read(self) -> None:
-        """Read once from the socket, which is readable."""
+    def read(self) -> bool:
+        """Read once from the socket; return whether anything came."""
         try:
             if self._large is not None:
                 count = self._socket.recv_into(self._large[self._filled :])
@@ -126,11 +126,12 @@ class Stream:
                 self._data = self._data[self._at :] + data if self._at < len(self._data) else data
                 self._at = 0
         except BlockingIOError:
-            return
+            return False
         except OSError:
             count = 0
         if count == 0:
             self._break()
+        return count > 0
 
     def next(self) -> list[Any] | None:
         """Return the frames of the next message of what was read; None: it is not complete."""
