@@ -17,8 +17,6 @@ import pytest
 from tests.unit.serving import TOKEN, WAIT_S, BareClient, Recorder, announce, draw, frees_done
 from transfer_queue.errors import InvalidArgument
 from transfer_queue.messages import Draw, GetAudit, ListPartitions, Request, Unpin
-from transfer_queue.wire import doors
-from transfer_queue.wire import server as server_module
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.codec import encode_message
@@ -137,25 +135,36 @@ def test_one_way_messages_leave_without_a_later_call(tmp_path: Path) -> None:
         peer.close()
 
 
-def test_what_a_dead_process_sent_is_taken_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its connection ends when nothing of it is left to read."""
-    alive = [True]
-    monkeypatch.setattr(doors, "lives", lambda pid: alive[0])
-    monkeypatch.setattr(server_module, "PING_INTERVAL_S", 0.0)
+def test_what_a_dead_process_sent_is_taken_first(tmp_path: Path) -> None:
+    """Its connection, which a forked child of it still holds, ends when nothing is left to read."""
     handler = Slow()
-    with serving(handler, tmp_path) as server, BareClient(server.local_address) as client:
-        client.introduce()
-        for number in range(1000):
-            client.line.send(encode_message(frees_done(number)), hold=True)
-        client.line.flush()
-        while client.line.sending:
+    inlet = os.pipe()
+    with serving(handler, tmp_path) as server:
+        client_pid = os.fork()
+        if client_pid == 0:
+            client = BareClient(server.local_address).introduce()
+            for number in range(1000):
+                client.line.send(encode_message(frees_done(number)), hold=True)
             client.line.flush()
-        alive[0] = False
+            while client.line.sending:
+                client.line.flush()
+            orphan = os.fork()
+            if orphan == 0:
+                time.sleep(30)
+            os.write(inlet[1], str(orphan).encode())
+            os._exit(0)
+        os.waitpid(client_pid, 0)
+        server._next_ping = 0.0
         handler.wait_for(lambda: len(handler.requests) == 1000)
+        server._next_ping = 0.0
         server.wake()
-        while client.line.connected:
-            client.line.wait(WAIT_S)
-            client.line.read()
+        begin = time.monotonic()
+        while server._unix._visitors:  # type: ignore[union-attr]
+            assert time.monotonic() - begin < WAIT_S
+            time.sleep(0.01)
+    os.kill(int(os.read(inlet[0], 100)), signal.SIGKILL)
+    os.close(inlet[0])
+    os.close(inlet[1])
 
 
 def test_a_connection_that_an_orphan_holds_is_given_up(tmp_path: Path) -> None:
