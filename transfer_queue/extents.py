@@ -64,6 +64,18 @@ class Extents:
                     return self._cut(start, length, alignment)
         return None
 
+    def claim(self, start: int, length: int) -> None:
+        """Take this very run, all of which is free."""
+        begin = max((known for known in self._by_start if known <= start), default=None)
+        assert begin is not None and start + length <= begin + self._by_start[begin], f"[{start}, +{length}) is taken"
+        whole = self._by_start[begin]
+        self._remove(begin)
+        if start > begin:
+            self._insert(begin, start - begin)
+        if start + length < begin + whole:
+            self._insert(start + length, begin + whole - start - length)
+        self.free_total -= length
+
     def free(self, start: int, length: int) -> None:
         """Give back a run, or any part of one; parts may come back in any order."""
         assert length > 0 and start >= 0 and start + length <= self.size, f"[{start}, +{length}) is not in {self!r}"

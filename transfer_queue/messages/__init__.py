@@ -30,10 +30,13 @@ from transfer_queue.messages.base import (
 )
 from transfer_queue.messages.controller import (
     AbortGroup,
+    Ack,
+    Admit,
     Announce,
     Cancel,
     Clear,
     Draw,
+    Drop,
     FreeBlocks,
     FreesDone,
     GetAudit,
@@ -43,21 +46,27 @@ from transfer_queue.messages.controller import (
     ListUnits,
     Locate,
     Put,
+    Reconcile,
     RegisterSampler,
+    Release,
+    Renew,
     ResetConsumption,
     SealGroup,
     SetTags,
     Settle,
 )
 from transfer_queue.messages.replies import (
+    Admitted,
     Announced,
     Done,
     Drawn,
     ErrorReply,
     Fetched,
+    Leased,
     Names,
     Pinned,
     PutDone,
+    Reconciled,
     Report,
     Reserved,
     Settled,
@@ -100,6 +109,12 @@ ControllerRequest: TypeAlias = (
     | Announce
     | FreesDone
     | Settle
+    | Reconcile
+    | Ack
+    | Release
+    | Renew
+    | Drop
+    | Admit
 )
 UnitRequest: TypeAlias = Reserve | ReturnSpan | AbortBlocks | Write | Pin | Unpin | Fetch | GetUnitStats
 Request: TypeAlias = ControllerRequest | UnitRequest
@@ -117,6 +132,9 @@ Reply: TypeAlias = (
     | Reserved
     | Pinned
     | Fetched
+    | Leased
+    | Admitted
+    | Reconciled
 )
 ONE_WAY: tuple[type[Any], ...] = (Cancel, FreesDone, FreeBlocks, ReturnSpan, AbortBlocks, Unpin)
 
@@ -124,6 +142,9 @@ __all__ = [
     "ANY_GENERATION",
     "AbortBlocks",
     "AbortGroup",
+    "Ack",
+    "Admit",
+    "Admitted",
     "Announce",
     "Announced",
     "Cancel",
@@ -133,6 +154,7 @@ __all__ = [
     "Done",
     "Draw",
     "Drawn",
+    "Drop",
     "ErrorReply",
     "Fetch",
     "Fetched",
@@ -144,6 +166,7 @@ __all__ = [
     "GetStatus",
     "GetUnitStats",
     "Int64s",
+    "Leased",
     "ListPartitions",
     "ListUnits",
     "Locate",
@@ -157,7 +180,11 @@ __all__ = [
     "ProcessId",
     "Put",
     "PutDone",
+    "Reconcile",
+    "Reconciled",
     "RegisterSampler",
+    "Release",
+    "Renew",
     "Reply",
     "Report",
     "Request",

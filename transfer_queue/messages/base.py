@@ -13,7 +13,7 @@ from typing_extensions import dataclass_transform
 Int64s: TypeAlias = NDArray[np.int64]
 Frames: TypeAlias = tuple[Any, ...]  # buffers: bytes or memoryview
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 ANY_GENERATION = -1
 UNIT_SHIFT = 48
 SPAN_SHIFT = 16

@@ -14,7 +14,8 @@ class Put:
 
     Rows: `indexes`/`generations` name existing ones; else `keys` name existing or new ones; else
     `num_rows` new ones are inserted. Addressed by `partition_id` or `global_step`, unless
-    `indexes` say it already. `block_id` 0: no data (tags, keys or allocation only).
+    `indexes` say it already. `block_id` 0: no data (tags, keys or allocation only). `size_bytes` is that of the block,
+    for the limits; `admission` is what `Admit` granted. `lease_token`: written under a lease, refused once it ended.
     """
 
     partition_id: str | None
@@ -29,12 +30,17 @@ class Put:
     block_id: int
     columns: tuple[ColumnSpec, ...]
     timeout_s: float
+    size_bytes: int = 0
     lease_token: int | None = None
+    admission: int | None = None
 
 
 @message(11)
 class Draw:
-    """Take `batch_size` ready rows for a task, or wait for them. Reply: `Drawn`."""
+    """Take `batch_size` ready rows for a task, or wait for them. Reply: `Drawn`.
+
+    With `lease_s` they are consumed by `Ack` and come back at the end of the lease; else they are consumed at once.
+    """
 
     partition_id: str | None
     global_step: int | None
@@ -165,6 +171,55 @@ class Cancel:
     request_id: int
 
 
+@message(25)
+class Ack:
+    """The rows of a lease, or some of them, are done with: the task consumed them. Reply: `Done`."""
+
+    lease_token: int
+    indexes: Int64s  # [n]
+    generations: Int64s  # [n]
+
+
+@message(26)
+class Release:
+    """Give rows of a lease back, to be drawn again. Reply: `Done`."""
+
+    lease_token: int
+    indexes: Int64s  # [n]
+    generations: Int64s  # [n]
+
+
+@message(27)
+class Renew:
+    """The lease ends `lease_s` from now (None: as long from now as it was granted for). Reply: `Leased`."""
+
+    lease_token: int
+    lease_s: float | None
+
+
+@message(28)
+class Drop:
+    """Take rows out for good, accounted under `reason`; their groups settle without them. Reply: `Done`."""
+
+    indexes: Int64s  # [n]
+    generations: Int64s  # [n]
+    reason: str
+
+
+@message(29)
+class Admit:
+    """Ask for room before a large put of new rows is written, where there are limits. Reply: `Admitted`.
+
+    Waits as the put would, and raises as it. What is admitted counts until a `Put` comes with it, or it is withdrawn.
+    """
+
+    partition_id: str | None
+    global_step: int | None
+    num_rows: int
+    size_bytes: int
+    timeout_s: float
+
+
 # ---------------------------------------------------------------- unit → controller
 
 
@@ -193,6 +248,14 @@ class Settle:
     """Blocks whose writer is gone: which were committed? The others never will be. Reply: `Settled`."""
 
     blocks: Int64s
+
+
+@message(34)
+class Reconcile:
+    """A unit came back with these blocks and no others. Reply: `Reconciled`; rows of blocks it lost are not ready."""
+
+    unit_id: str
+    blocks: Int64s  # [n]
 
 
 # ---------------------------------------------------------------- controller → unit

@@ -45,7 +45,7 @@ class Drawn:
     group_ids: tuple[int | str | None, ...] | None
     extra_info: dict[str, Any]
     lease_token: int | None = None
-    lease_deadline_s: float | None = None
+    lease_s: float | None = None  # how long the lease lasts from now
 
 
 @message(64)
@@ -123,3 +123,29 @@ class Fetched:
     rows: int
     frames_of: Int64s
     frames: Frames
+
+
+@message(73)
+class Leased:
+    """The lease lasts so long from now."""
+
+    lease_s: float
+
+
+@message(74)
+class Admitted:
+    """Room for one put; `admission` goes with it."""
+
+    admission: int
+
+
+@message(75)
+class Reconciled:
+    """Which blocks of a returned unit are in use (1); of those, the slots whose rows were cleared meanwhile or before.
+
+    Blocks that are not (0) may still be committed by a writer that lives.
+    """
+
+    committed: Int64s  # [n] 0/1
+    cleared_blocks: Int64s  # [k]
+    cleared_slots: Int64s  # [k]
