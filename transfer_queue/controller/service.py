@@ -11,27 +11,34 @@ import time
 from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from transfer_queue.controller.units import Unit, UnitBook
+from transfer_queue.controller.units import UnitBook
 from transfer_queue.errors import DeadlineExceeded, ProtocolMismatch, TransferQueueError
 from transfer_queue.ledger import Ledger
+from transfer_queue.ledger.leases import shown
 from transfer_queue.messages import (
     AbortGroup,
+    Ack,
     Announce,
     Announced,
     Clear,
     Done,
     Draw,
+    Drop,
     FreeBlocks,
     FreesDone,
     GetAudit,
     GetExplanation,
     GetStatus,
+    Leased,
     ListPartitions,
     ListUnits,
     Locate,
     Names,
     Put,
+    Reconcile,
     RegisterSampler,
+    Release,
+    Renew,
     Reply,
     Report,
     Request,
@@ -39,7 +46,6 @@ from transfer_queue.messages import (
     SealGroup,
     SetTags,
     Settle,
-    Settled,
     Units,
 )
 from transfer_queue.samplers import create_sampler
@@ -57,7 +63,7 @@ class _Freeing(NamedTuple):
     """A clear that is done but for what the units have to do."""
 
     deadline: float
-    orders: list[tuple[Unit, int]]
+    orders: list[tuple[int, int]]  # (unit number, sequence)
     ticket: Ticket
     reply: Reply
 
@@ -133,36 +139,50 @@ class ControllerService:
     def lost(self, ticket: Ticket, reply: Reply | BaseException | None) -> None:
         """The client of this ticket is gone: what it drew is given back, what it waits for is forgotten."""
         with self._lock:
-            self._cancel((ticket.client_id, ticket.request_id))
+            now = self._clock()
+            self._cancel((ticket.client_id, ticket.request_id), now)
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[1] is not ticket]
             self._freeing = [entry for entry in self._freeing if entry.ticket is not ticket]
-            self._follow_up(self._clock())
+            self._follow_up(now)
+
+    def gone(self, client_id: str) -> None:
+        """A client is dead or has left: what it holds goes back at once."""
+        with self._lock:
+            now = self._clock()
+            self._ledger.client_gone(client_id, now)
+            self._follow_up(now)
+
+    def holding(self) -> set[str]:
+        """The clients that hold leases."""
+        with self._lock:
+            return self._ledger.leases.clients()
 
     # ------------------------------------------------------------ inside
 
-    def _follow_up(self, now: float) -> list[tuple[Unit, int]]:
+    def _follow_up(self, now: float) -> list[tuple[int, int]]:
         """Answer whom the last change satisfied, and tell units what they may reuse; returns what they have to do."""
         for key, answer in self._ledger.wake(now):
             self._parked.pop(key).answer(answer)
         orders = []
-        for number, freed in self._ledger.blocks.take_freed().items():
-            unit, order = self._units.free(number, freed)
-            self._push(unit.channel, order)
-            orders.append((unit, order.sequence))
+        for number, order in self._ledger.blocks.take_orders():
+            channel = self._units.channel_of(number)
+            if channel is not None:
+                self._push(channel, order)
+                orders.append((number, order.sequence))
         return orders
 
     def _answer_freed(self, now: float) -> None:
         """Answer the clears whose units refuse the cleared rows by now, or take too long to say so."""
         waiting, self._freeing = self._freeing, []
         for entry in waiting:
-            if entry.deadline <= now or all(unit.done(sequence) for unit, sequence in entry.orders):
+            if entry.deadline <= now or all(self._ledger.blocks.confirmed(*order) for order in entry.orders):
                 entry.ticket.answer(entry.reply)
             else:
                 self._freeing.append(entry)
 
-    def _cancel(self, key: Hashable) -> None:
+    def _cancel(self, key: Hashable, now: float) -> None:
         self._parked.pop(key, None)
-        self._ledger.cancel(key)
+        self._ledger.cancel(key, now)
 
     def _park(self, ticket: Ticket, reply: T | None) -> T | None:
         if reply is None:
@@ -173,10 +193,10 @@ class ControllerService:
         key = (ticket.client_id, ticket.request_id)
         match request:
             case Draw():
-                return self._park(ticket, self._ledger.draw(request, key, now))
+                return self._park(ticket, self._ledger.draw(request, key, now, ticket.client_id))
             case Put():
                 self._units.check(request.block_id)
-                return self._park(ticket, self._ledger.put(request, key, _shown(ticket.client_id), now))
+                return self._park(ticket, self._ledger.put(request, key, shown(ticket.client_id), now))
             case ListUnits() if not len(self._units) and request.timeout_s > 0:
                 self._waiting_for_units.append((now + request.timeout_s, ticket))
                 return None
@@ -185,8 +205,10 @@ class ControllerService:
             case Announce():
                 return self._announce(request, ticket)
             case FreesDone():
-                self._units.confirm(request.unit_id, request.sequence)
-                self._answer_freed(now)
+                number = self._units.number_of(request.unit_id)
+                if number is not None:
+                    self._ledger.blocks.confirm(number, request.sequence)
+                    self._answer_freed(now)
                 return None
             case _:
                 return self._answer(request, now)
@@ -198,20 +220,31 @@ class ControllerService:
             case Locate():
                 return ledger.locate(request)
             case Clear():
-                return Done(count=ledger.clear(request))
+                return Done(count=ledger.clear(request, now))
             case SetTags():
-                return Done(count=ledger.set_tags(request))
+                return Done(count=ledger.set_tags(request, now))
             case SealGroup():
-                return Done(count=ledger.seal_group(request))
+                return Done(count=ledger.seal_group(request, now))
             case AbortGroup():
-                return Done(count=ledger.abort_group(request))
+                return Done(count=ledger.abort_group(request, now))
             case ResetConsumption():
-                return Done(count=ledger.reset(request))
+                return Done(count=ledger.reset(request, now))
+            case Ack():
+                return Done(count=ledger.ack(request, now))
+            case Release():
+                return Done(count=ledger.release(request, now))
+            case Renew():
+                return Leased(lease_s=ledger.renew(request, now))
+            case Drop():
+                return Done(count=ledger.drop(request, now))
             case RegisterSampler():
-                ledger.register_sampler(request.task_name, create_sampler(request.sampler, **request.arguments))
+                sampler = create_sampler(request.sampler, **request.arguments)
+                ledger.register_sampler(request.task_name, sampler, now, request)
                 return Done()
             case Settle():
-                return Settled(committed=ledger.blocks.settle(request.blocks))
+                return ledger.settle(request, now)
+            case Reconcile():
+                return ledger.reconcile(request, self._units.known_number(request.unit_id), now)
             case GetStatus():
                 return ledger.reports.status(request)
             case GetAudit():
@@ -225,14 +258,9 @@ class ControllerService:
 
     def _announce(self, request: Announce, ticket: Ticket) -> Announced:
         unit = self._units.announce(request, ticket.channel)
-        for order in unit.unconfirmed:
+        for order in self._ledger.blocks.unconfirmed(unit.info.number):
             self._push(ticket.channel, order)
         waiting, self._waiting_for_units = self._waiting_for_units, []
         for _, other in waiting:
             other.answer(Units(units=self._units.infos()))
         return Announced(number=unit.info.number)
-
-
-def _shown(client_id: str) -> str:
-    """The name that the user gave; what follows the last slash tells lives of one client apart."""
-    return client_id.rpartition("/")[0] or client_id

@@ -1,31 +1,20 @@
-"""The storage units of a session, and what each of them still has to be told."""
+"""The storage units of a session, and where they listen."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from transfer_queue.errors import InvalidArgument
-from transfer_queue.ledger.blocks import Freed
-from transfer_queue.messages import UNIT_SHIFT, Announce, FreeBlocks, UnitInfo
-
-_NOTHING = np.empty(0, dtype=np.int64)
+from transfer_queue.messages import UNIT_SHIFT, Announce, UnitInfo
 
 
 @dataclass
 class Unit:
-    """One unit: where it is, by which channel it listens, and frees that it has not confirmed."""
+    """One unit: where it is, and by which channel it listens (None: it did not come back since a restart)."""
 
     info: UnitInfo
-    channel: Hashable
-    sequence: int = 0
-    unconfirmed: list[FreeBlocks] = field(default_factory=list)
-
-    def done(self, sequence: int) -> bool:
-        """Whether the unit confirmed this order."""
-        return not self.unconfirmed or self.unconfirmed[0].sequence > sequence
+    channel: Hashable | None
 
 
 class UnitBook:
@@ -48,8 +37,24 @@ class UnitBook:
                 f"block {block} names storage unit {block >> UNIT_SHIFT}, which this session does not have"
             )
 
-    def announce(self, request: Announce, channel: Hashable) -> Unit:
-        """Note that a unit listens at `channel`; its unconfirmed frees are due again."""
+    def number_of(self, unit_id: str) -> int | None:
+        """The number of a unit; None if it never announced itself."""
+        unit = self._by_id.get(unit_id)
+        return None if unit is None else unit.info.number
+
+    def known_number(self, unit_id: str) -> int:
+        """The same; raises for a unit that never announced itself."""
+        number = self.number_of(unit_id)
+        if number is None:
+            raise InvalidArgument(f"storage unit {unit_id!r} has to announce itself first")
+        return number
+
+    def channel_of(self, number: int) -> Hashable | None:
+        unit = self._by_number.get(number)
+        return None if unit is None else unit.channel
+
+    def announce(self, request: Announce, channel: Hashable | None) -> Unit:
+        """Note that a unit listens at `channel`."""
         known = self._by_id.get(request.unit_id)
         number = len(self._by_id) + 1 if known is None else known.info.number
         info = UnitInfo(
@@ -64,22 +69,3 @@ class UnitBook:
             known = self._by_id[request.unit_id] = self._by_number[number] = Unit(info, channel)
         known.info, known.channel = info, channel
         return known
-
-    def free(self, number: int, freed: Freed) -> tuple[Unit, FreeBlocks]:
-        """Write down what a unit may reuse; kept until it confirms."""
-        unit = self._by_number[number]
-        unit.sequence += 1
-        order = FreeBlocks(
-            sequence=unit.sequence,
-            blocks=np.array(freed.blocks, dtype=np.int64),
-            partial_blocks=np.concatenate([_NOTHING, *freed.partial_blocks]),
-            partial_slots=np.concatenate([_NOTHING, *freed.partial_slots]),
-        )
-        unit.unconfirmed.append(order)
-        return unit, order
-
-    def confirm(self, unit_id: str, sequence: int) -> None:
-        """The unit did everything up to `sequence`."""
-        unit = self._by_id.get(unit_id)
-        if unit is not None:
-            unit.unconfirmed = [order for order in unit.unconfirmed if order.sequence > sequence]

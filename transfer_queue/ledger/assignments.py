@@ -36,11 +36,15 @@ class Assignment:
     held: Handle  # reserved until the assignment is complete; what is consumed by it from then on
     deliveries: Counter[int] = field(default_factory=Counter)  # how often each rank got its slice
     broken: set[int] = field(default_factory=set)  # ranks whose slice lost rows before they came
+    done: set[int] = field(default_factory=set)  # ranks that got theirs, and acknowledged it if it was leased
+    leased: dict[int, int] = field(default_factory=dict)  # rank -> token of its open lease
+    tokens: dict[int, int] = field(default_factory=dict)  # rank -> token of its last lease
+    acked: set[int] = field(default_factory=set)  # rows acknowledged by ranks that are not done
 
     @property
     def missing(self) -> list[int]:
         """Ranks that are waited for."""
-        return [rank for rank in range(self.dp_size) if rank not in self.deliveries and rank not in self.broken]
+        return [rank for rank in range(self.dp_size) if rank not in self.done and rank not in self.broken]
 
     def slice_of(self, rank: int) -> Handle:
         part = slice(self.bounds[rank], self.bounds[rank + 1])
@@ -73,61 +77,82 @@ class Assignments:
         self._by_task: dict[tuple[str, str], dict[Key, Assignment]] = {}
         self._turns: dict[tuple[str, str, int], Turns] = {}
         self._cleared: dict[str, deque[tuple[str, Key]]] = {}
+        self.skipped = False  # the last `find` moved a rank on to its next batch
 
-    def find(self, partition: str, draw: Draw, plan: Plan) -> Assignment | None:
+    def find(self, partition: str, draw: Draw, split: Split) -> Assignment | None:
         """The assignment that the rank asks for, if it exists; raises if the ranks disagree or its slice lost rows.
 
         A rank without a group name is told once of a batch that was cleared, and goes on with the next one.
         """
-        assert plan.split is not None
-        key = self._key(partition, draw.task_name, plan.split)
+        key = self._key(partition, draw.task_name, split)
         found = self._by_task.get((partition, draw.task_name), {}).get(key)
         if found is None:
             if (partition, key) in self._cleared.get(draw.task_name, ()):
-                self._came_too_late(partition, draw, plan.split, key)
+                self._came_too_late(partition, draw, split)
             return None
-        for name, mine in _terms(draw, plan.split).items():
+        for name, mine in _terms(draw, split).items():
             if mine != found.terms[name]:
                 raise InvalidArgument(
-                    f"ranks of dp_group_id {plan.split.group!r} of task {draw.task_name!r} disagree on {name}: "
-                    f"rank {plan.split.rank} asks with {mine!r}, the group was formed with {found.terms[name]!r}"
+                    f"ranks of dp_group_id {split.group!r} of task {draw.task_name!r} disagree on {name}: "
+                    f"rank {split.rank} asks with {mine!r}, the group was formed with {found.terms[name]!r}"
                 )
-        if not self._table.fresh(*found.slice_of(plan.split.rank)).all():
-            if plan.split.group is None:
-                self.serve(partition, draw, plan.split, found)
-            self._came_too_late(partition, draw, plan.split, None)
+        if not self._table.fresh(*found.slice_of(split.rank)).all():
+            self._came_too_late(partition, draw, split)
         return found
 
-    def form(self, partition: Partition, draw: Draw, plan: Plan, rows: Int64s, consumed: Int64s) -> Assignment:
+    def form(
+        self, partition: Partition, draw: Draw, split: Split, rows: Int64s, consumed: Int64s, bounds: list[int]
+    ) -> Assignment:
         """Fix a selection for all ranks of the group."""
-        assert plan.split is not None
         made = Assignment(
-            self._key(partition.name, draw.task_name, plan.split),
-            plan.split.size,
-            _terms(draw, plan.split),
+            self._key(partition.name, draw.task_name, split),
+            split.size,
+            _terms(draw, split),
             self._table.handle(rows),
-            self._bounds(plan, rows),
+            bounds,
             consumed,
             self._table.handle(rows if consumed is rows else np.union1d(rows, consumed)),
         )
         self._by_task.setdefault((partition.name, draw.task_name), {})[made.key] = made
         return made
 
-    def serve(self, partition: str, draw: Draw, split: Split, assignment: Assignment) -> bool:
-        """Note that the rank has its slice; return whether it had it before."""
+    def serve(self, partition: str, task: str, split: Split, assignment: Assignment, *, leased: bool) -> bool:
+        """Note that the rank has its slice, for good unless it is leased; return whether it had it before."""
         assignment.deliveries[split.rank] += 1
+        if not leased:
+            assignment.done.add(split.rank)
         if split.group is None:
-            self._turns.setdefault((partition, draw.task_name, split.rank), Turns()).advance()
-            if len(assignment.deliveries) == assignment.dp_size:
-                del self._by_task[partition, draw.task_name][assignment.key]
+            self._turns.setdefault((partition, task, split.rank), Turns()).advance()
+            self.forget_finished(partition, task, assignment)
         return assignment.deliveries[split.rank] > 1
 
-    def unserve(self, partition: str, draw: Draw, split: Split, assignment: Assignment) -> None:
+    def unserve(self, partition: str, task: str, split: Split, assignment: Assignment) -> None:
         """This slice never reached the rank after all."""
         assignment.deliveries -= Counter([split.rank])
+        if not assignment.deliveries[split.rank]:
+            assignment.done.discard(split.rank)
         if split.group is None:
-            self._turns[partition, draw.task_name, split.rank].returned.add(assignment.key[2])
-            self._by_task.setdefault((partition, draw.task_name), {})[assignment.key] = assignment
+            self.offer_again(partition, task, assignment, split.rank)
+            self._by_task.setdefault((partition, task), {})[assignment.key] = assignment
+
+    def offer_again(self, partition: str, task: str, assignment: Assignment, rank: int) -> None:
+        """The rank gets this slice at its next draw; one that names its group asks for it itself."""
+        if assignment.key[0] == "counted":
+            self._turns.setdefault((partition, task, rank), Turns()).returned.add(assignment.key[2])
+
+    def forget_finished(self, partition: str, task: str, assignment: Assignment) -> None:
+        """A group without a name is never asked for again once every rank came and none is waited for."""
+        came = len(assignment.deliveries) == assignment.dp_size
+        if assignment.key[0] == "counted" and came and not assignment.missing:
+            self._by_task.get((partition, task), {}).pop(assignment.key, None)
+
+    def skip(self, partition: str, task: str, split: Split) -> None:
+        """A rank without a group name goes on: the samples of its batch are gone, or its slice lost some."""
+        found = self._by_task.get((partition, task), {}).get(self._key(partition, task, split))
+        if found is None:
+            self._turns.setdefault((partition, task, split.rank), Turns()).advance()
+        else:
+            self.serve(partition, task, split, found, leased=False)
 
     def of_partition(self, partition: str) -> list[tuple[str, Assignment]]:
         """(task, assignment) of all that are remembered in a partition."""
@@ -157,9 +182,10 @@ class Assignments:
         turns = self._turns.get((partition, task, split.rank))
         return ("counted", None, turns.current if turns else 0)
 
-    def _came_too_late(self, partition: str, draw: Draw, split: Split, cleared: Key | None) -> None:
-        if split.group is None and cleared is not None:
-            self._turns.setdefault((partition, draw.task_name, split.rank), Turns()).advance()
+    def _came_too_late(self, partition: str, draw: Draw, split: Split) -> None:
+        if split.group is None:
+            self.skip(partition, draw.task_name, split)
+            self.skipped = True
         named = f"dp_group_id {split.group!r}, batch_index {split.batch_index}"
         which = named if split.group is not None else "its next batch"
         raise StaleSampleError(
@@ -167,7 +193,8 @@ class Assignments:
             f"{draw.task_name!r} came too late for them"
         )
 
-    def _bounds(self, plan: Plan, rows: Int64s) -> list[int]:
+    def bounds(self, plan: Plan, rows: Int64s) -> list[int]:
+        """Where the slice of each rank begins in `rows`, and the end; whole groups stay together."""
         assert plan.split is not None
         ranks = plan.split.size
         starts = np.arange(len(rows) + 1) if plan.group_size is None else self._group_starts(plan.group_size, rows)

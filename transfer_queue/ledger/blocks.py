@@ -1,7 +1,8 @@
-"""Which storage blocks are in use, and which became free."""
+"""Which storage blocks are in use, and what units are told to reuse."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -9,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer_queue.errors import InvalidArgument, LeaseExpired
-from transfer_queue.messages import UNIT_SHIFT
+from transfer_queue.messages import UNIT_SHIFT, FreeBlocks
 
 Int64s: TypeAlias = NDArray[np.int64]
+
+_NOTHING = np.empty(0, dtype=np.int64)
 
 
 @dataclass
@@ -22,21 +25,45 @@ class Freed:
     partial_blocks: list[Int64s] = field(default_factory=list)
     partial_slots: list[Int64s] = field(default_factory=list)
 
+    def order(self, sequence: int) -> FreeBlocks:
+        return FreeBlocks(
+            sequence=sequence,
+            blocks=np.array(self.blocks, dtype=np.int64),
+            partial_blocks=np.concatenate([_NOTHING, *self.partial_blocks]),
+            partial_slots=np.concatenate([_NOTHING, *self.partial_slots]),
+        )
+
+
+@dataclass
+class Orders:
+    """What one unit was told to reuse and has not confirmed yet."""
+
+    sequence: int = 0
+    unconfirmed: deque[FreeBlocks] = field(default_factory=deque)
+
 
 class BlockBook:
-    """Counts the cells (row × field) that point into each block; a block is free when none does."""
+    """Counts the cells (row × field) that point into each block; a block is free when none does.
+
+    What became free since the last `close_orders` makes one order for each unit, which is sent until it is confirmed.
+    """
 
     def __init__(self) -> None:
         self._cells: dict[int, int] = {}
+        self._put: dict[int, tuple[int, int]] = {}  # (rows, cells) of a block when it was put
         self._aborted: set[int] = set()
         self._freed: dict[int, Freed] = {}
+        self._orders: dict[int, Orders] = {}
+        self._unsent: list[tuple[int, FreeBlocks]] = []
 
     def __len__(self) -> int:
         return len(self._cells)
 
-    def commit(self, block: int, cells: int) -> None:
+    def commit(self, block: int, rows: int, columns: int) -> None:
+        cells = rows * columns
         if cells:
             self._cells[block] = cells
+            self._put[block] = (rows, cells)
         else:
             self._freed_at(block).blocks.append(block)
 
@@ -49,9 +76,27 @@ class BlockBook:
 
     def settle(self, blocks: Int64s) -> Int64s:
         """Which of these blocks are in use (1)? The others are refused from now on (0)."""
-        committed = np.array([block in self._cells for block in blocks.tolist()], dtype=np.int64)
+        committed = self.holds(blocks)
         self._aborted.update(blocks[committed == 0].tolist())
         return committed
+
+    def holds(self, blocks: Int64s) -> Int64s:
+        """[n] 0/1: which of these blocks are in use."""
+        return np.array([block in self._cells for block in blocks.tolist()], dtype=np.int64)
+
+    def of_unit(self, unit: int) -> Int64s:
+        """The blocks in use that lie at a unit."""
+        return np.array([block for block in self._cells if block >> UNIT_SHIFT == unit], dtype=np.int64)
+
+    def partly_used(self, blocks: Int64s) -> dict[int, int]:
+        """Blocks to which fewer cells point than were put, with the number of rows they were put with."""
+        found = {block: self._put[block] for block in blocks.tolist() if block in self._cells}
+        return {block: rows for block, (rows, cells) in found.items() if self._cells[block] < cells}
+
+    def lose(self, blocks: Int64s) -> None:
+        """The bytes of these blocks are gone; there is nothing to free."""
+        for block in blocks.tolist():
+            del self._cells[block], self._put[block]
 
     def overwrite(self, blocks: Int64s) -> None:
         """One cell of each entry was written anew elsewhere."""
@@ -72,10 +117,38 @@ class BlockBook:
             freed.partial_blocks.append(pairs[units == unit, 0])
             freed.partial_slots.append(pairs[units == unit, 1])
 
-    def take_freed(self) -> dict[int, Freed]:
-        """What became free since the last call, by unit number."""
+    def close_orders(self) -> None:
+        """One change is complete: what it freed becomes an order."""
+        if not self._freed:
+            return
         freed, self._freed = self._freed, {}
-        return freed
+        for unit, what in freed.items():
+            orders = self._orders.setdefault(unit, Orders())
+            orders.sequence += 1
+            order = what.order(orders.sequence)
+            orders.unconfirmed.append(order)
+            self._unsent.append((unit, order))
+
+    def take_orders(self) -> list[tuple[int, FreeBlocks]]:
+        """(unit number, order) of the orders made since the last call."""
+        unsent, self._unsent = self._unsent, []
+        return unsent
+
+    def unconfirmed(self, unit: int) -> list[FreeBlocks]:
+        """Orders that a unit may have missed."""
+        orders = self._orders.get(unit)
+        return [] if orders is None else list(orders.unconfirmed)
+
+    def confirm(self, unit: int, sequence: int) -> None:
+        """The unit did everything up to `sequence`."""
+        orders = self._orders.get(unit)
+        while orders is not None and orders.unconfirmed and orders.unconfirmed[0].sequence <= sequence:
+            orders.unconfirmed.popleft()
+
+    def confirmed(self, unit: int, sequence: int) -> bool:
+        """Whether the unit did what this order says."""
+        orders = self._orders.get(unit)
+        return orders is None or not orders.unconfirmed or orders.unconfirmed[0].sequence > sequence
 
     def _subtract(self, blocks: Int64s) -> Int64s:
         """Return the touched blocks that are still in use."""
@@ -87,7 +160,7 @@ class BlockBook:
                 self._cells[block] = cells
                 left.append(block)
             else:
-                del self._cells[block]
+                del self._cells[block], self._put[block]
                 self._freed_at(block).blocks.append(block)
         return np.array(left, dtype=np.int64)
 

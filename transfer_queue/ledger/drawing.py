@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.ledger.assignments import Assignment, Assignments
+from transfer_queue.ledger.leasing import Leasing, checked_duration
 from transfer_queue.ledger.lookup import Lookup
 from transfer_queue.ledger.partition import Partition
+from transfer_queue.ledger.reserving import Reserving
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.selection import Plan, SamplerBook, Split
 from transfer_queue.ledger.table import Handle
@@ -21,26 +23,54 @@ from transfer_queue.samplers.registry import SamplerLike
 Int64s: TypeAlias = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who draws, and when."""
+
+    client: str
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is to be known of a draw to make it again without its sampler."""
+
+    rows: Int64s  # handed out
+    consumed: Int64s  # marked consumed; the same object where it is the same
+    split: Split | None = None
+    bounds: list[int] | None = None  # of the slices, where the draw fixed them
+
+
 @dataclass
 class DrawRecord:
     """What an answered draw took."""
 
     partition: str
-    draw: Draw
+    task: str
     consumed: Handle
     split: Split | None = None
     assignment: Assignment | None = None
     stirs: bool = False  # the draw gave rows back, or fixed the slices of other ranks: others may be answered now
+    lease_token: int | None = None
 
 
 class Drawing:
     """Serves draws from the ready sets."""
 
-    def __init__(self, rows: Rows, lookup: Lookup, sampler: SamplerLike | None, num_n_samples: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        lookup: Lookup,
+        sampler: SamplerLike | None,
+        num_n_samples: int,
+        max_deliveries: int | None = None,
+    ) -> None:
         self._rows = rows
         self._lookup = lookup
         self.samplers = SamplerBook(sampler, num_n_samples)
         self.assignments = Assignments(rows.table)
+        self.reserving = Reserving(rows.table, self.assignments)
+        self.leasing = Leasing(rows, self.assignments, self.reserving, max_deliveries)
 
     def plan(self, draw: Draw, name: str) -> Plan:
         """Check the request; raise if no state of the partition could ever serve it."""
@@ -52,6 +82,8 @@ class Drawing:
             raise WrongType(f"batch_size must be an int, not {draw.batch_size!r}")
         if draw.batch_size < 1:
             raise InvalidArgument(f"batch_size must be at least 1, not {draw.batch_size}")
+        if draw.lease_s is not None:
+            checked_duration(draw.lease_s)
         plan = self.samplers.plan(draw)
         if self._rows.step_of(name) is not None and plan.want > self._rows.step_size:
             raise InvalidArgument(
@@ -60,22 +92,47 @@ class Drawing:
             )
         return plan
 
-    def attempt(self, draw: Draw, plan: Plan, name: str) -> tuple[Drawn, DrawRecord] | None:
-        """Serve the draw if that is possible now."""
+    def attempt(self, draw: Draw, plan: Plan, name: str, asker: Asker) -> tuple[Choice, Drawn, DrawRecord] | None:
+        """Serve the draw if that is possible now; return also what was chosen."""
         partition = self._rows.partitions.get(name)
         if partition is None:
             return None
-        if plan.split is not None:
-            return self._attempt_split(draw, plan, partition)
-        chosen = self._select(draw, plan, partition)
-        if chosen is None:
-            return None
-        rows, consumed = chosen
-        self._rows.table.task(draw.task_name).consumed[consumed] = 1
-        partition.take(draw.task_name, consumed)
-        drawn = self._lookup.describe(name, rows, draw.fields, owners=[partition])
+        split = plan.split
+        assignment = None if split is None else self.assignments.find(name, draw, split)
+        bounds = None
+        if assignment is None:
+            chosen = self._select(draw, plan, partition)
+            if chosen is None:
+                return None
+            if split is not None:
+                bounds = self.assignments.bounds(plan, chosen[0])
+            choice = Choice(*chosen, split, bounds)
+        else:
+            choice = Choice(assignment.chosen.rows, assignment.consumed, split)
+        if split is None:
+            return choice, *self._take(draw, partition, choice, asker)
+        taken = self._take_slice(draw, partition, choice, split, assignment, asker)
+        return None if taken is None else (choice, *taken)
+
+    def redo(self, draw: Draw, partition: Partition, choice: Choice, asker: Asker) -> tuple[Drawn, DrawRecord] | None:
+        """Make a draw again that was made before, with the same choice."""
+        if choice.split is None:
+            return self._take(draw, partition, choice, asker)
+        assignment = self.assignments.find(partition.name, draw, choice.split)
+        return self._take_slice(draw, partition, choice, choice.split, assignment, asker)
+
+    def _take(self, draw: Draw, partition: Partition, choice: Choice, asker: Asker) -> tuple[Drawn, DrawRecord]:
+        rows, consumed = choice.rows, choice.consumed
+        task, granted = draw.task_name, None
+        if draw.lease_s is None:
+            self._rows.table.task(task).consumed[consumed] = 1
+            partition.take(task, consumed)
+        else:
+            lease = self.leasing.grant(partition, task, asker.client, draw.lease_s, asker.now, rows, consumed)
+            granted = (lease.token, lease.duration_s)
+        drawn = self._describe(draw, partition, rows, granted)
         taken = Handle(rows, drawn.generations) if consumed is rows else self._rows.table.handle(consumed)
-        return drawn, DrawRecord(name, draw, taken)
+        return drawn, DrawRecord(partition.name, task, taken, lease_token=drawn.lease_token)
 
     def _select(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Int64s, Int64s] | None:
         ready = partition.ready_set(draw.task_name, draw.fields)
@@ -83,83 +140,84 @@ class Drawing:
             return None
         return self.samplers.select(plan, draw, ready, self._rows.table)
 
-    def _attempt_split(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Drawn, DrawRecord] | None:
-        assert plan.split is not None
-        assignment = self.assignments.find(partition.name, draw, plan)
-        formed = assignment is None
+    def _take_slice(
+        self,
+        draw: Draw,
+        partition: Partition,
+        choice: Choice,
+        split: Split,
+        assignment: Assignment | None,
+        asker: Asker,
+    ) -> tuple[Drawn, DrawRecord] | None:
+        """Hand out the slice of a rank; None if rows of it lack a field."""
+        task = draw.task_name
         if assignment is None:
-            chosen = self._select(draw, plan, partition)
-            if chosen is None:
-                return None
-            assignment = self.assignments.form(partition, draw, plan, *chosen)
-            self._reserve(partition, draw.task_name, assignment.held.rows)
-        rows = assignment.slice_of(plan.split.rank).rows
+            assert choice.bounds is not None
+            assignment = self.assignments.form(partition, draw, split, choice.rows, choice.consumed, choice.bounds)
+            self.reserving.reserve(partition, task, assignment.held.rows)
+        rows = assignment.slice_of(split.rank).rows
         if not self._rows.table.produced(rows, draw.fields).all():
             return None
         was_complete = not assignment.missing
-        replayed = self.assignments.serve(partition.name, draw, plan.split, assignment)
-        record = DrawRecord(partition.name, draw, self._rows.table.handle(rows[:0]), plan.split, assignment, formed)
+        leased_before = split.rank in assignment.leased
+        granted = self._lease_of_slice(draw, partition, assignment, split.rank, asker)
+        leased = split.rank in assignment.leased
+        replayed = self.assignments.serve(partition.name, task, split, assignment, leased=leased)
+        nothing = self._rows.table.handle(rows[:0])
+        record = DrawRecord(partition.name, task, nothing, split, assignment, choice.bounds is not None)
+        record.lease_token = assignment.leased[split.rank] if leased and not leased_before else None
         if not was_complete and not assignment.missing:
-            record.stirs |= self._complete(partition, draw.task_name, assignment)
-        extra = {"replayed": True} if replayed else {}
-        return self._lookup.describe(partition.name, rows, draw.fields, [partition], extra_info=extra), record
+            record.stirs |= self.reserving.complete(partition, task, assignment)
+        return self._describe(draw, partition, rows, granted, {"replayed": True} if replayed else {}), record
 
-    def _reserve(self, partition: Partition, task: str, rows: Int64s) -> None:
-        column = self._rows.table.task(task)
-        column.consumed[rows] = 0
-        column.reserved[rows] = True
-        partition.take(task, rows)
+    def _lease_of_slice(
+        self, draw: Draw, partition: Partition, assignment: Assignment, rank: int, asker: Asker
+    ) -> tuple[int, float] | None:
+        """Return token and seconds left of the lease of this rank's slice: peers of a rank share theirs."""
+        token = assignment.leased.get(rank)
+        if token is not None:
+            return token, self.leasing.book.open[token].deadline - asker.now
+        if draw.lease_s is None:
+            return None
+        if rank in assignment.done:  # a peer acknowledged it already: a second time does no harm
+            last = assignment.tokens.get(rank)
+            return None if last is None else (last, draw.lease_s)
+        at = (assignment, rank)
+        lease = self.leasing.grant_slice(partition, draw.task_name, asker.client, draw.lease_s, asker.now, at)
+        return lease.token, lease.duration_s
 
-    def _complete(self, partition: Partition, task: str, assignment: Assignment) -> bool:
-        """No rank is waited for: the rows are consumed. Returns whether some were only shown and are back."""
-        table = self._rows.table
-        rows = table.alive(assignment.held)
-        marked = np.isin(rows, assignment.consumed)
-        assignment.held = table.handle(rows[marked])
-        table.task(task).consumed[rows[marked]] = 1
-        self._unreserve(partition, task, rows)
-        return not bool(marked.all())
-
-    def _unreserve(self, partition: Partition, task: str, rows: Int64s) -> None:
-        self._rows.table.task(task).reserved[rows] = False
-        partition.give_back(task, rows)
+    def _describe(
+        self,
+        draw: Draw,
+        partition: Partition,
+        rows: Int64s,
+        granted: tuple[int, float] | None,
+        extra: dict[str, object] | None = None,
+    ) -> Drawn:
+        extra = extra or {}
+        returns = self._rows.table.task(draw.task_name).returns
+        if returns and granted is not None and any(row in returns for row in rows.tolist()):
+            extra["deliveries"] = [1 + len(returns.get(row, ())) for row in rows.tolist()]
+        return self._lookup.describe(partition.name, rows, draw.fields, [partition], extra_info=extra, lease=granted)
 
     def undo(self, record: DrawRecord) -> None:
         """The answer never arrived: what it took is ready again."""
         partition = self._rows.partitions[record.partition]
-        task = record.draw.task_name
-        rows = self._rows.table.alive(record.consumed)
-        self._rows.table.task(task).consumed[rows] = 0
-        partition.give_back(task, rows)
+        task = record.task
+        if record.lease_token is not None:
+            self.leasing.withdraw(record.lease_token)
+        elif record.assignment is None:
+            rows = self._rows.table.alive(record.consumed)
+            self._rows.table.task(task).consumed[rows] = 0
+            partition.give_back(task, rows)
         assignment, split = record.assignment, record.split
         if assignment is None or split is None:
             return
         was_complete = not assignment.missing
-        self.assignments.unserve(partition.name, record.draw, split, assignment)
+        self.assignments.unserve(partition.name, task, split, assignment)
         if was_complete and assignment.missing:
-            self._reserve(partition, task, self._rows.table.alive(assignment.held))
-        self._break_slices(partition, task, assignment)
-
-    def after_clear(self, partition: Partition) -> None:
-        """Rows of the partition are gone: settle the assignments that had them."""
-        for task, assignment in self.assignments.of_partition(partition.name):
-            self._break_slices(partition, task, assignment)
-        self.assignments.forget_cleared(partition.name)
-
-    def _break_slices(self, partition: Partition, task: str, assignment: Assignment) -> None:
-        """A slice that lost rows before its rank came is not delivered any more: the rest of it is given back."""
-        table = self._rows.table
-        missing = assignment.missing
-        for rank in missing:
-            part = assignment.slice_of(rank)
-            rest = table.alive(part)
-            if len(rest) < len(part.rows):
-                assignment.broken.add(rank)
-                held = table.alive(assignment.held)
-                assignment.held = table.handle(np.setdiff1d(held, rest))
-                self._unreserve(partition, task, np.intersect1d(held, rest))
-        if missing and not assignment.missing:
-            self._complete(partition, task, assignment)
+            self.reserving.reserve(partition, task, self._rows.table.alive(assignment.held))
+        self.reserving.break_slices(partition, task, assignment)
 
     def reset(self, name: str, task: str | None) -> int:
         """Forget what a task, or every task, consumed and reserved in a partition; returns how many rows it has."""
@@ -167,10 +225,10 @@ class Drawing:
         if partition is None:
             return 0
         rows = partition.rows()
+        self.leasing.forget(name, task, "consumption was reset")
         self.assignments.forget(name, task)
         for known in [known for known in partition.accounts if task in (None, known)]:
             column = self._rows.table.task(known)
-            column.consumed[rows] = 0
-            column.reserved[rows] = False
+            column.forget(rows, rows.tolist() if column.returns else ())
             partition.give_back(known, rows)
         return len(rows)

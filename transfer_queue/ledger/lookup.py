@@ -40,8 +40,9 @@ class Lookup:
         owners: list[Partition],
         produced: Int64s | None = None,
         extra_info: dict[str, Any] | None = None,
+        lease: tuple[int, float] | None = None,
     ) -> Drawn:
-        """Everything a handle on these rows carries."""
+        """Everything a handle on these rows carries. `lease`: its token, and the seconds it lasts."""
         table = self._rows.table
         indexes = rows.tolist() if table.keys or table.tags else []
         grouped = any(len(partition.groups) for partition in owners) and (table.group[rows] >= 0).any()
@@ -57,6 +58,8 @@ class Lookup:
             tags=tuple(copy.deepcopy(table.tags.get(row)) for row in indexes) if table.tags else None,
             group_ids=self._group_ids(rows) if grouped else None,
             extra_info=extra_info or {},
+            lease_token=None if lease is None else lease[0],
+            lease_s=None if lease is None else lease[1],
         )
 
     def _find(self, request: Locate) -> tuple[str, Int64s]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer_queue.errors import InvalidArgument
-from transfer_queue.ledger.groups import GroupTable
+from transfer_queue.ledger.groups import Group, GroupTable
 from transfer_queue.ledger.ready import ReadySet
 from transfer_queue.ledger.table import NO_GROUP, RowTable
 from transfer_queue.messages import ColumnSpec
@@ -19,6 +19,7 @@ from transfer_queue.messages import ColumnSpec
 Int64s: TypeAlias = NDArray[np.int64]
 
 _COMPACT_FROM = 4096
+_QUARANTINED = 100
 
 
 @dataclass
@@ -37,6 +38,8 @@ class TaskAccount:
 
     consumed_and_cleared: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    leases: Counter[str] = field(default_factory=Counter)  # rows granted, and how they were settled
+    redelivered: int = 0  # rows handed out again after a lease had run out
 
 
 class Partition:
@@ -57,6 +60,8 @@ class Partition:
         self.fields: dict[str, FieldState] = {}
         self.accounts: dict[str, TaskAccount] = {}
         self.dropped: Counter[str] = Counter()
+        self.lost: dict[str, set[int]] = {}  # field -> rows whose data went with a storage unit
+        self.quarantined: list[dict[str, Any]] = []
         self.ready: dict[tuple[str, tuple[str, ...]], ReadySet] = {}
         self._table = table
 
@@ -114,6 +119,7 @@ class Partition:
             if key is not None:
                 del self.keys[key]
         self._account(rows, reason)
+        self._find_again(list(self.lost), rows)
         for name in [name for name, state in self.fields.items() if self._lose_field(name, state, rows)]:
             del self.fields[name]
         self.indexes[ordinals - self.base] = -1
@@ -147,6 +153,35 @@ class Partition:
         self._leading = 0
         self.ready.clear()
 
+    # ------------------------------------------------------------ groups
+
+    def recheck_group(self, group: Group) -> None:
+        """The group is complete with another number of rows than before."""
+        for ready in self.ready.values():
+            for index in ready.group_indexes():
+                index.recheck(group)
+
+    def shrink_groups(self, rows: Int64s) -> list[Group]:
+        """The rows will be dropped: their groups are complete without them. Returns the groups that go on."""
+        numbers, counts = np.unique(self._table.group[rows], return_counts=True)
+        shrunk = []
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            if number != NO_GROUP:
+                group = self.groups[number]
+                group.expected -= count
+                if group.size > count:
+                    shrunk.append(group)
+        return shrunk
+
+    def remember_quarantined(self, rows: Int64s) -> None:
+        """Note what rows were that nobody could finish, before they are dropped; the last hundred are kept."""
+        for row in rows.tolist():
+            holders = {task: column.returns[row] for task, column in self._table.tasks.items() if row in column.returns}
+            known = {"global_index": row, "generation": int(self._table.generation[row])}
+            known |= {"key": self._table.keys.get(row), "group_id": self.group_id(row), "given_back_by": holders}
+            self.quarantined.append(known)
+        del self.quarantined[:-_QUARANTINED]
+
     # ------------------------------------------------------------ fields
 
     def check_columns(self, columns: Iterable[ColumnSpec]) -> None:
@@ -158,6 +193,24 @@ class Partition:
                     f"field {spec.name!r} of partition {self.name!r} holds {known.spec.dtype}, this put brings "
                     f"{spec.dtype}; convert it, or use another field name"
                 )
+
+    def lose_field(self, name: str, rows: Int64s) -> None:
+        """The data of a field of these rows is gone; before the table's arrays say so."""
+        ordinals = self.ordinals(rows)
+        for ready in self.ready.values():
+            if name in ready.fields:
+                ready.discard(ordinals)
+        self.lost.setdefault(name, set()).update(rows.tolist())
+        if self._lose_field(name, self.fields[name], rows):
+            del self.fields[name]
+
+    def _find_again(self, fields: Iterable[str], rows: Int64s) -> None:
+        """Rows whose data was lost got it anew, or are gone."""
+        for name in fields:
+            if name in self.lost:
+                self.lost[name].difference_update(rows.tolist())
+                if not self.lost[name]:
+                    del self.lost[name]
 
     def add_column(self, spec: ColumnSpec, new_rows: int, now: float, client: str) -> None:
         """Rows got the field; the description keeps a shape only while all rows share it."""
@@ -183,6 +236,8 @@ class Partition:
 
     def refresh(self, rows: Int64s, fields: tuple[str, ...]) -> None:
         """The rows got these fields: tell the ready sets that ask for any of them."""
+        if self.lost:
+            self._find_again(fields, rows)
         changed = set(fields)
         for ready in self.ready.values():
             if not changed.isdisjoint(ready.fields):

@@ -64,8 +64,10 @@ class Putting:
             return put.num_rows
         return sum(key not in known.keys for key in put.keys)
 
-    def apply(self, put: Put, name: str, client: str, now: float) -> tuple[PutDone, list[Partition]]:
-        """Make the put visible, in the ready sets too; raises before it changes anything."""
+    def apply(
+        self, put: Put, name: str, client: str, now: float, at: Int64s | None = None
+    ) -> tuple[PutDone, list[Partition]]:
+        """Make the put visible, in the ready sets too; raises before it changes anything. `at`: its rows of old."""
         if put.block_id:
             self._rows.blocks.check_new(put.block_id)
         inserted = False
@@ -73,7 +75,7 @@ class Putting:
             assert put.generations is not None
             rows, touched = self._named_rows(put, put.indexes, put.generations)
         else:
-            rows, touched, inserted = self._rows_of(put, name)
+            rows, touched, inserted = self._rows_of(put, name, at)
         writer = Writer(client, now)
         for partition, positions in touched:
             if inserted:
@@ -81,7 +83,7 @@ class Putting:
             else:
                 self._rows.write(partition, rows[positions], positions, put.columns, put.block_id, writer)
         if put.block_id:
-            self._rows.blocks.commit(put.block_id, len(rows) * len(put.columns))
+            self._rows.blocks.commit(put.block_id, len(rows), len(put.columns))
         if put.tags is not None:
             self._merge_tags(rows, put.tags)
         fields = tuple(spec.name for spec in put.columns)
@@ -109,7 +111,7 @@ class Putting:
             partition.check_columns(put.columns)
         return rows, touched
 
-    def _rows_of(self, put: Put, name: str) -> tuple[Int64s, Positions, bool]:
+    def _rows_of(self, put: Put, name: str, at: Int64s | None) -> tuple[Int64s, Positions, bool]:
         """Rows by key, new where the key is new; without keys all are new. Last: whether all are."""
         known = self._rows.partitions.get(name)
         keys = put.keys or ()
@@ -120,7 +122,7 @@ class Putting:
         if known is not None:
             known.check_columns(put.columns)
         if len(new):
-            known, rows[new] = self._rows.insert(name, len(new))
+            known, rows[new] = self._rows.insert(name, len(new), None if at is None else int(at[new[0]]))
         assert known is not None
         for position in new.tolist() if keys else ():
             known.keys[keys[position]] = int(rows[position])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from transfer_queue.errors import GetMetaTimeout, UnknownName, nearest
 from transfer_queue.ledger.drawing import Drawing
+from transfer_queue.ledger.leases import shown
 from transfer_queue.ledger.partition import Partition, ready_key
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.selection import Plan, has_filter
@@ -28,6 +29,7 @@ class Reports:
         self._rows = rows
         self._drawing = drawing
         self._waiting = waiting
+        self._leases = drawing.leasing.book
 
     def partitions(self) -> tuple[str, ...]:
         """Names in creation order."""
@@ -92,6 +94,8 @@ class Reports:
             "live": partition.live,
             "dropped": dict(partition.dropped),
             "fields": {name: state.rows for name, state in partition.fields.items()},
+            "lost": {name: sorted(rows) for name, rows in partition.lost.items()},
+            "quarantined": list(partition.quarantined),
             "missing": {name: count for name, count in missing.items() if count},
             "groups": len(partition.groups),
             "tasks": {task: self._audit_task(partition, task, rows) for task in partition.accounts},
@@ -108,8 +112,15 @@ class Reports:
             "consumed": consumed + account.consumed_and_cleared,
             "dropped": dict(account.dropped),
         }
+        settled = dict(account.leases)
+        granted = settled.pop("granted", 0)
+        still = sum(int(lease.open.sum()) for lease in self._leases.of_partition(partition.name, task))
+        if granted:
+            found["leases"] = {"granted": granted, **settled, "open": still}
+            found["redelivered"] = account.redelivered
         accounted = found["pending"] + found["reserved"] + found["consumed"] + sum(account.dropped.values())
-        return found | {"balanced": accounted == partition.inserted}
+        balanced = accounted == partition.inserted and granted == sum(settled.values()) + still
+        return found | {"balanced": balanced}
 
     # ------------------------------------------------------------ explanation
 
@@ -130,7 +141,9 @@ class Reports:
         ready = self._ready(partition, task, fields)
         parts = [f"{ready} of {want} samples ready in partition {name!r} for task {task!r}"]
         parts += self._missing_fields(partition, fields, now)
+        parts += self._lost(partition, fields)
         parts += self._taken(partition, task)
+        parts += self._leased(partition, task, now)
         if plan is not None:
             parts += self._incomplete_groups(partition, task, fields, plan)
             rule = " lets rows pass by a filter of its own" if has_filter(plan.sampler) else ""
@@ -161,6 +174,23 @@ class Reports:
                     f"{partition.live - state.rows} wait for field {field!r} "
                     f"(last produced {max(now - state.produced_at, 0.0):.1f} s ago by client {state.produced_by!r})"
                 )
+
+    def _lost(self, partition: Partition, fields: tuple[str, ...]) -> Iterable[str]:
+        for field in fields:
+            if field in partition.lost:
+                rows = sorted(partition.lost[field])
+                shown = f"{', '.join(map(str, rows[:_SHOWN]))}{', …' if len(rows) > _SHOWN else ''}"
+                yield f"field {field!r} of {len(rows)} samples was lost with a storage unit (global indexes {shown})"
+
+    def _leased(self, partition: Partition, task: str, now: float) -> Iterable[str]:
+        open_leases = self._leases.of_partition(partition.name, task)
+        if open_leases:
+            held = ", ".join(
+                f"{lease.held} by client {shown(lease.client)!r} for {max(lease.deadline - now, 0.0):.1f} s more"
+                for lease in open_leases[:_SHOWN]
+            )
+            more = ", …" if len(open_leases) > _SHOWN else ""
+            yield f"{sum(lease.held for lease in open_leases)} are leased: {held}{more}"
 
     def _taken(self, partition: Partition, task: str) -> Iterable[str]:
         column = self._rows.table.tasks.get(task)

@@ -110,10 +110,10 @@ class Rows:
             return f"step {window.step}, which has {window.live} samples in the window of step {step}; clear it first"
         return None
 
-    def insert(self, name: str, count: int) -> tuple[Partition, Int64s]:
-        """Allocate one consecutive run of slots in a partition; `room` comes first."""
+    def insert(self, name: str, count: int, at: int | None = None) -> tuple[Partition, Int64s]:
+        """Allocate one consecutive run of slots in a partition; `room` comes first. `at`: the run it got before."""
         partition = self.partitions.get(name) or self._create(name)
-        start = self._allocate(partition, count)
+        start = self._allocate(partition, count, at)
         rows = np.arange(start, start + count, dtype=np.int64)
         self.table.grow(start + count)
         self.table.partition[rows] = partition.number
@@ -127,8 +127,10 @@ class Rows:
         self._next_number += 1
         return made
 
-    def _allocate(self, partition: Partition, count: int) -> int:
+    def _allocate(self, partition: Partition, count: int, at: int | None) -> int:
         if partition.step is None:
+            if at is not None:
+                return self._allocate_at(at, count)
             start = self._slots.allocate(count)
             if start is None:
                 self._slots.extend(max(2 * self._slots.size, self._slots.size + count, 1024))
@@ -141,6 +143,13 @@ class Rows:
         start = window.start + window.used
         window.used += count
         window.live += count
+        return start
+
+    def _allocate_at(self, start: int, count: int) -> int:
+        end = start - self._ring_end + count
+        if end > self._slots.size:
+            self._slots.extend(max(2 * self._slots.size, end, 1024))
+        self._slots.claim(start - self._ring_end, count)
         return start
 
     # ------------------------------------------------------------ writing
@@ -180,10 +189,10 @@ class Rows:
             blocks.append(column.block[where][there])
             slots.append(column.slot[where][there].astype(np.int64))
             column.ready[where] = column.block[where] = column.slot[where] = 0
+        every = rows.tolist()
         for task in table.tasks.values():
-            task.consumed[where] = 0
-            task.reserved[where] = False
-        for row in rows.tolist() if table.tags else ():
+            task.forget(where, every)
+        for row in every if table.tags else ():
             table.tags.pop(row, None)
         table.generation[where] += 1
         table.partition[where] = FREE

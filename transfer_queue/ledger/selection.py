@@ -51,6 +51,11 @@ class Plan:
         """With fewer ready rows the sampler need not be asked. Groups may have fewer rows than `group_size`."""
         return 1 if self.sampler.accepts_partial or self.filters or self.group_size is not None else self.want
 
+    def sampler_state(self) -> dict[str, Any] | None:
+        """What a sampler that keeps state has to be given back after a restart."""
+        state_dict = getattr(self.sampler, "state_dict", None)
+        return None if state_dict is None else state_dict()
+
     @property
     def filters(self) -> bool:
         """The sampler looks at more than the ready rows."""

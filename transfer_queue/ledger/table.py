@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -41,6 +41,17 @@ class TaskColumn:
 
     consumed: NDArray[np.int8]  # [capacity] 0/1
     reserved: NDArray[np.bool_]  # [capacity]
+    returns: dict[int, list[str]] = field(default_factory=dict)  # who gave a row back, or let its lease run out
+    again: set[int] = field(default_factory=set)  # rows whose lease ran out and that nobody got since
+
+    def forget(self, rows: Int64s | slice, every: Iterable[int]) -> None:
+        """The rows are gone. `every`: the same ones, one by one."""
+        self.consumed[rows] = 0
+        self.reserved[rows] = False
+        if self.returns:
+            for row in every:
+                self.returns.pop(row, None)
+            self.again.difference_update(every)
 
 
 class Handle(NamedTuple):

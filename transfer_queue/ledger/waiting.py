@@ -25,6 +25,7 @@ class WaitingDraw:
 
     ticket: Ticket
     draw: Draw
+    client: str
     plan: Plan
     partition: str
     since: float
@@ -73,8 +74,8 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._by_ticket)
 
-    def park_draw(self, ticket: Ticket, draw: Draw, plan: Plan, partition: str, now: float) -> None:
-        waiting = WaitingDraw(ticket, draw, plan, partition, now, now + draw.timeout_s, next(self._order))
+    def park_draw(self, ticket: Ticket, draw: Draw, client: str, plan: Plan, partition: str, now: float) -> None:
+        waiting = WaitingDraw(ticket, draw, client, plan, partition, now, now + draw.timeout_s, next(self._order))
         self._draws.setdefault((partition, draw.task_name), {})[waiting.order] = waiting
         self._watch(waiting)
         self._note(waiting)

@@ -13,15 +13,19 @@ from transfer_queue.errors import TransferQueueError
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import (
     AbortGroup,
+    Ack,
     Clear,
     ColumnSpec,
     Draw,
     Drawn,
+    Drop,
     GetExplanation,
     GetStatus,
     Locate,
     Put,
     PutDone,
+    Release,
+    Renew,
     ResetConsumption,
     SealGroup,
     SetTags,
@@ -55,10 +59,12 @@ class Driver:
         request = put_request(count, fields, self.latest_block, **options)
         return self.after(self.ledger.put, request, self._next(), client, self.now)
 
-    def draw(self, count: int = 1, fields: Sequence[str] = ("x",), task: str = "t", **options: Any) -> Drawn | None:
+    def draw(
+        self, count: int = 1, fields: Sequence[str] = ("x",), task: str = "t", *, client: str = "reader", **options: Any
+    ) -> Drawn | None:
         """None: parked, unless `timeout_s=0`."""
         request = draw_request(count, fields, task, **options)
-        drawn: Drawn | None = self.after(self.ledger.draw, request, self._next(), self.now)
+        drawn: Drawn | None = self.after(self.ledger.draw, request, self._next(), self.now, client)
         return drawn
 
     def rank(self, rank: int, size: int, count: int = 1, *, group: Any = None, **options: Any) -> Drawn | None:
@@ -74,31 +80,52 @@ class Driver:
             request = Clear(partition_id=what, global_step=None, indexes=None, generations=None)
         else:
             request = Clear(partition_id=None, global_step=None, indexes=what.indexes, generations=what.generations)
-        return int(self.after(self.ledger.clear, request))
+        return int(self.after(self.ledger.clear, request, self.now))
 
     def clear_rows(self, *rows: int) -> int:
         """Clear rows whatever their generation."""
         request = Clear(partition_id=None, global_step=None, indexes=ints(*rows), generations=None)
-        return int(self.after(self.ledger.clear, request))
+        return int(self.after(self.ledger.clear, request, self.now))
 
     def reset(self, task: str | None = None, partition: str = "p") -> None:
-        self.after(self.ledger.reset, ResetConsumption(partition_id=partition, global_step=None, task_name=task))
+        request = ResetConsumption(partition_id=partition, global_step=None, task_name=task)
+        self.after(self.ledger.reset, request, self.now)
 
     def seal(self, group: int | str, partition: str = "p") -> None:
-        self.after(self.ledger.seal_group, SealGroup(partition_id=partition, group_id=group))
+        self.after(self.ledger.seal_group, SealGroup(partition_id=partition, group_id=group), self.now)
 
     def abort(self, group: int | str, partition: str = "p") -> int:
-        return int(
-            self.after(self.ledger.abort_group, AbortGroup(partition_id=partition, group_id=group, reason="bad"))
-        )
+        request = AbortGroup(partition_id=partition, group_id=group, reason="bad")
+        return int(self.after(self.ledger.abort_group, request, self.now))
 
     def set_tags(self, rows: Any, *tags: dict[str, Any] | None) -> None:
         request = SetTags(indexes=rows.indexes, generations=rows.generations, tags=tags)
-        self.after(self.ledger.set_tags, request)
+        self.after(self.ledger.set_tags, request, self.now)
 
     def cancel(self, ticket: int | None = None) -> bool:
         """Cancel the latest request, or another one."""
-        return bool(self.after(self.ledger.cancel, self.ticket if ticket is None else ticket))
+        return bool(self.after(self.ledger.cancel, self.ticket if ticket is None else ticket, self.now))
+
+    def lease(self, count: int = 1, seconds: float = 10.0, **options: Any) -> Drawn | None:
+        """A draw that has to be acknowledged."""
+        return self.draw(count, lease_s=seconds, **options)
+
+    def ack(self, drawn: Drawn, rows: Any = None) -> int:
+        """Acknowledge a leased draw, or the rows of another reply under its lease."""
+        return int(self.after(self.ledger.ack, Ack(lease_token=token_of(drawn), **handle_of(rows or drawn)), self.now))
+
+    def release(self, drawn: Drawn, rows: Any = None) -> int:
+        request = Release(lease_token=token_of(drawn), **handle_of(rows or drawn))
+        return int(self.after(self.ledger.release, request, self.now))
+
+    def renew(self, drawn: Drawn, seconds: float | None = None) -> float:
+        return float(self.after(self.ledger.renew, Renew(lease_token=token_of(drawn), lease_s=seconds), self.now))
+
+    def drop(self, rows: Any, reason: str = "bad") -> int:
+        return int(self.after(self.ledger.drop, Drop(reason=reason, **handle_of(rows)), self.now))
+
+    def gone(self, client: str) -> None:
+        self.after(self.ledger.client_gone, client, self.now)
 
     def register(self, task: str | None, sampler: Any) -> None:
         self.after(self.ledger.register_sampler, task, sampler)
@@ -161,10 +188,10 @@ class Driver:
         for ticket, answer in self.ledger.wake(self.now):
             assert ticket not in self.answers, f"ticket {ticket} was answered twice"
             self.answers[int(str(ticket))] = answer
-        for freed in self.ledger.blocks.take_freed().values():
-            self.freed += freed.blocks
-            for blocks, slots in zip(freed.partial_blocks, freed.partial_slots, strict=True):
-                self.freed_slots += list(zip(blocks.tolist(), slots.tolist(), strict=True))
+        for unit, order in self.ledger.blocks.take_orders():
+            self.ledger.blocks.confirm(unit, order.sequence)
+            self.freed += order.blocks.tolist()
+            self.freed_slots += list(zip(order.partial_blocks.tolist(), order.partial_slots.tolist(), strict=True))
 
     def _next(self) -> int:
         self.ticket += 1
@@ -188,6 +215,15 @@ def draw_request(count: int, fields: Sequence[str] = ("x",), task: str = "t", **
     if body["global_step"] is not None:
         body["partition_id"] = None
     return Draw(task_name=task, fields=tuple(fields), batch_size=count, **body)
+
+
+def handle_of(rows: Any) -> dict[str, Any]:
+    return {"indexes": rows.indexes, "generations": rows.generations}
+
+
+def token_of(drawn: Drawn) -> int:
+    assert drawn.lease_token is not None, "the draw was not leased"
+    return drawn.lease_token
 
 
 def column(name: str, dtype: str | None = "float32", layout: str = "dense", shape: Any = (3,)) -> ColumnSpec:

@@ -218,7 +218,7 @@ def _median_of_draws(queue: Driver, count: int) -> float:
         drawn = queue.ledger.draw(request, ticket, 0.0)
         spent.append(time.perf_counter() - start)
         assert isinstance(drawn, Drawn)
-        queue.ledger.cancel(ticket)
+        queue.ledger.cancel(ticket, 0.0)
     return statistics.median(spent)
 
 

@@ -200,7 +200,8 @@ def test_a_block_of_a_dead_writer_is_refused() -> None:
 def test_a_block_without_cells_is_free_at_once() -> None:
     """A put that stores no column gives its block back."""
     queue = Driver()
-    queue.ledger.blocks.commit(UNIT + 9, 0)
+    queue.ledger.blocks.commit(UNIT + 9, 1, 0)
+    queue.ledger.blocks.close_orders()
     queue.wake()
     assert queue.freed == [UNIT + 9]
 
