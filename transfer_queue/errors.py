@@ -17,6 +17,8 @@
     ├── ConnectionLost (ConnectionError)    the peer is gone or this end was closed
     ├── NotAuthorized (PermissionError)     wrong or missing token
     ├── ProtocolMismatch                    versions or frames do not fit
+    ├── JournalDamaged (ValueError)         a journal is not what was written; says where and what is still good
+    ├── JournalUnavailable (OSError)        another process has the journal, it is closed, or its disk failed
     └── RemoteError                         a bug on the other side, with its type and traceback
 
 Each class is also the built-in exception a caller would naturally catch, and each one crosses the
@@ -117,6 +119,17 @@ class NotAuthorized(TransferQueueError, PermissionError):
 
 class ProtocolMismatch(TransferQueueError):
     """The two ends do not speak the same protocol version."""
+
+
+class JournalDamaged(TransferQueueError, ValueError):
+    """The files of a journal are not what was written; nothing was changed.
+
+    `details`: "file", "offset", "records" (how many before it are good) and "sequence" (the number of the last one).
+    """
+
+
+class JournalUnavailable(TransferQueueError, OSError):
+    """The journal cannot be used: another process has it open, it is closed, or its disk failed."""
 
 
 class RemoteError(TransferQueueError):

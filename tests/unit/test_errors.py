@@ -34,6 +34,8 @@ BUILTINS = {
     "ConnectionLost": ConnectionError,
     "NotAuthorized": PermissionError,
     "ProtocolMismatch": RuntimeError,
+    "JournalDamaged": ValueError,
+    "JournalUnavailable": OSError,
     "RemoteError": RuntimeError,
 }
 
