@@ -39,6 +39,13 @@ class Extents:
         """Return (start, length) of the free ranges, in order."""
         return sorted(self._by_start.items())
 
+    def load(self, size: int, free: list[tuple[int, int]]) -> None:
+        """Become [0, size) with exactly these (start, length) free."""
+        assert self.size == 0, "only what is empty can be loaded"
+        self.size = size
+        for start, length in free:
+            self.free(start, length)
+
     def extend(self, new_size: int) -> None:
         """Add [size, new_size) to what is free."""
         assert new_size >= self.size, f"cannot shrink {self.size} to {new_size}"

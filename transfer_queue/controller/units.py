@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from transfer_queue.errors import InvalidArgument
 from transfer_queue.messages import UNIT_SHIFT, Announce, UnitInfo
 
+_FIELDS = tuple(field.name for field in fields(UnitInfo))
+
 
 @dataclass
 class Unit:
-    """One unit: where it is, and by which channel it listens (None: it did not come back since a restart)."""
+    """One unit: where it is, by which channel it listens, and since when it does not (None: it does).
+
+    given_up   it was away for so long that its data counts as lost
+    """
 
     info: UnitInfo
     channel: Hashable | None
+    client: str = ""  # its name on the wire
+    away_since: float | None = None
+    given_up: bool = False
 
 
 class UnitBook:
@@ -42,18 +51,43 @@ class UnitBook:
         unit = self._by_id.get(unit_id)
         return None if unit is None else unit.info.number
 
-    def known_number(self, unit_id: str) -> int:
-        """The same; raises for a unit that never announced itself."""
-        number = self.number_of(unit_id)
-        if number is None:
-            raise InvalidArgument(f"storage unit {unit_id!r} has to announce itself first")
-        return number
+    def leave(self, client: str, now: float) -> None:
+        """A client is gone; if it was a unit, that does not listen any more."""
+        for unit in self._by_id.values():
+            if unit.client == client and unit.away_since is None:
+                unit.channel, unit.away_since = None, now
+
+    def all_away(self, now: float) -> None:
+        """The controller was started again: no unit listens until it announces itself."""
+        for unit in self._by_id.values():
+            unit.channel, unit.away_since = None, now
+
+    def overdue(self, before: float) -> list[Unit]:
+        """Units that are away since `before` or longer and were not given up."""
+        return [unit for unit in self._away() if unit.away_since is not None and unit.away_since <= before]
+
+    def away_since(self) -> float | None:
+        """Since when the unit is away that left first, of those not given up."""
+        return min((unit.away_since for unit in self._away() if unit.away_since is not None), default=None)
+
+    def _away(self) -> list[Unit]:
+        return [unit for unit in self._by_id.values() if unit.away_since is not None and not unit.given_up]
+
+    def state(self) -> list[Any]:
+        """All units as plain values, for `load`."""
+        return [[getattr(unit.info, name) for name in _FIELDS] for unit in self._by_id.values()]
+
+    def load(self, state: list[Any]) -> None:
+        """Know the units that another book knew; they listen nowhere until they announce themselves."""
+        for values in state:
+            info = UnitInfo(**dict(zip(_FIELDS, values, strict=True)))
+            self._by_id[info.unit_id] = self._by_number[info.number] = Unit(info, None)
 
     def channel_of(self, number: int) -> Hashable | None:
         unit = self._by_number.get(number)
         return None if unit is None else unit.channel
 
-    def announce(self, request: Announce, channel: Hashable | None) -> Unit:
+    def announce(self, request: Announce, channel: Hashable | None, client: str = "") -> Unit:
         """Note that a unit listens at `channel`."""
         known = self._by_id.get(request.unit_id)
         number = len(self._by_id) + 1 if known is None else known.info.number
@@ -64,8 +98,9 @@ class UnitBook:
             local_address=request.local_address,
             folder=request.folder,
             nonce=request.nonce,
+            curve_key=request.curve_key,
         )
         if known is None:
             known = self._by_id[request.unit_id] = self._by_number[number] = Unit(info, channel)
-        known.info, known.channel = info, channel
+        known.info, known.channel, known.client, known.away_since = info, channel, client, None
         return known

@@ -74,9 +74,9 @@ class Assignments:
 
     def __init__(self, table: RowTable) -> None:
         self._table = table
-        self._by_task: dict[tuple[str, str], dict[Key, Assignment]] = {}
-        self._turns: dict[tuple[str, str, int], Turns] = {}
-        self._cleared: dict[str, deque[tuple[str, Key]]] = {}
+        self.by_task: dict[tuple[str, str], dict[Key, Assignment]] = {}
+        self.turns: dict[tuple[str, str, int], Turns] = {}
+        self.cleared: dict[str, deque[tuple[str, Key]]] = {}
         self.skipped = False  # the last `find` moved a rank on to its next batch
 
     def find(self, partition: str, draw: Draw, split: Split) -> Assignment | None:
@@ -85,9 +85,9 @@ class Assignments:
         A rank without a group name is told once of a batch that was cleared, and goes on with the next one.
         """
         key = self._key(partition, draw.task_name, split)
-        found = self._by_task.get((partition, draw.task_name), {}).get(key)
+        found = self.by_task.get((partition, draw.task_name), {}).get(key)
         if found is None:
-            if (partition, key) in self._cleared.get(draw.task_name, ()):
+            if (partition, key) in self.cleared.get(draw.task_name, ()):
                 self._came_too_late(partition, draw, split)
             return None
         for name, mine in _terms(draw, split).items():
@@ -113,7 +113,7 @@ class Assignments:
             consumed,
             self._table.handle(rows if consumed is rows else np.union1d(rows, consumed)),
         )
-        self._by_task.setdefault((partition.name, draw.task_name), {})[made.key] = made
+        self.by_task.setdefault((partition.name, draw.task_name), {})[made.key] = made
         return made
 
     def serve(self, partition: str, task: str, split: Split, assignment: Assignment, *, leased: bool) -> bool:
@@ -122,7 +122,7 @@ class Assignments:
         if not leased:
             assignment.done.add(split.rank)
         if split.group is None:
-            self._turns.setdefault((partition, task, split.rank), Turns()).advance()
+            self.turns.setdefault((partition, task, split.rank), Turns()).advance()
             self.forget_finished(partition, task, assignment)
         return assignment.deliveries[split.rank] > 1
 
@@ -133,53 +133,53 @@ class Assignments:
             assignment.done.discard(split.rank)
         if split.group is None:
             self.offer_again(partition, task, assignment, split.rank)
-            self._by_task.setdefault((partition, task), {})[assignment.key] = assignment
+            self.by_task.setdefault((partition, task), {})[assignment.key] = assignment
 
     def offer_again(self, partition: str, task: str, assignment: Assignment, rank: int) -> None:
         """The rank gets this slice at its next draw; one that names its group asks for it itself."""
         if assignment.key[0] == "counted":
-            self._turns.setdefault((partition, task, rank), Turns()).returned.add(assignment.key[2])
+            self.turns.setdefault((partition, task, rank), Turns()).returned.add(assignment.key[2])
 
     def forget_finished(self, partition: str, task: str, assignment: Assignment) -> None:
         """A group without a name is never asked for again once every rank came and none is waited for."""
         came = len(assignment.deliveries) == assignment.dp_size
         if assignment.key[0] == "counted" and came and not assignment.missing:
-            self._by_task.get((partition, task), {}).pop(assignment.key, None)
+            self.by_task.get((partition, task), {}).pop(assignment.key, None)
 
     def skip(self, partition: str, task: str, split: Split) -> None:
         """A rank without a group name goes on: the samples of its batch are gone, or its slice lost some."""
-        found = self._by_task.get((partition, task), {}).get(self._key(partition, task, split))
+        found = self.by_task.get((partition, task), {}).get(self._key(partition, task, split))
         if found is None:
-            self._turns.setdefault((partition, task, split.rank), Turns()).advance()
+            self.turns.setdefault((partition, task, split.rank), Turns()).advance()
         else:
             self.serve(partition, task, split, found, leased=False)
 
     def of_partition(self, partition: str) -> list[tuple[str, Assignment]]:
         """(task, assignment) of all that are remembered in a partition."""
-        books = [(task, book) for (name, task), book in self._by_task.items() if name == partition]
+        books = [(task, book) for (name, task), book in self.by_task.items() if name == partition]
         return [(task, assignment) for task, book in books for assignment in book.values()]
 
     def forget_cleared(self, partition: str) -> None:
         """Forget the assignments of which no row is left, all but their names."""
         for task, assignment in self.of_partition(partition):
             if not self._table.fresh(*assignment.chosen).any():
-                del self._by_task[partition, task][assignment.key]
-                self._cleared.setdefault(task, deque(maxlen=REMEMBERED)).append((partition, assignment.key))
+                del self.by_task[partition, task][assignment.key]
+                self.cleared.setdefault(task, deque(maxlen=REMEMBERED)).append((partition, assignment.key))
 
     def forget(self, partition: str, task: str | None = None) -> None:
         """Drop all assignments of a partition, of one task or of all."""
-        for book in [k for k in self._by_task if k[0] == partition and task in (None, k[1])]:
-            del self._by_task[book]
-        for turns in [k for k in self._turns if k[0] == partition and task in (None, k[1])]:
-            del self._turns[turns]
-        for name in [name for name in self._cleared if task in (None, name)]:  # counts start again, names do not
-            kept = [(where, key) for where, key in self._cleared[name] if where != partition or key[0] == "named"]
-            self._cleared[name] = deque(kept, maxlen=REMEMBERED)
+        for book in [k for k in self.by_task if k[0] == partition and task in (None, k[1])]:
+            del self.by_task[book]
+        for turns in [k for k in self.turns if k[0] == partition and task in (None, k[1])]:
+            del self.turns[turns]
+        for name in [name for name in self.cleared if task in (None, name)]:  # counts start again, names do not
+            kept = [(where, key) for where, key in self.cleared[name] if where != partition or key[0] == "named"]
+            self.cleared[name] = deque(kept, maxlen=REMEMBERED)
 
     def _key(self, partition: str, task: str, split: Split) -> Key:
         if split.group is not None:
             return ("named", split.group, split.batch_index)
-        turns = self._turns.get((partition, task, split.rank))
+        turns = self.turns.get((partition, task, split.rank))
         return ("counted", None, turns.current if turns else 0)
 
     def _came_too_late(self, partition: str, draw: Draw, split: Split) -> None:

@@ -49,54 +49,61 @@ class BlockBook:
     """
 
     def __init__(self) -> None:
-        self._cells: dict[int, int] = {}
-        self._put: dict[int, tuple[int, int]] = {}  # (rows, cells) of a block when it was put
-        self._aborted: set[int] = set()
+        self.cells: dict[int, int] = {}
+        self.put: dict[int, tuple[int, int]] = {}  # (rows, cells) of a block when it was put
+        self.aborted: set[int] = set()
         self._freed: dict[int, Freed] = {}
-        self._orders: dict[int, Orders] = {}
+        self.orders: dict[int, Orders] = {}
         self._unsent: list[tuple[int, FreeBlocks]] = []
+        self.copied = False  # somebody copies the blocks of a cut: nothing may be reused meanwhile
 
     def __len__(self) -> int:
-        return len(self._cells)
+        return len(self.cells)
 
     def commit(self, block: int, rows: int, columns: int) -> None:
         cells = rows * columns
         if cells:
-            self._cells[block] = cells
-            self._put[block] = (rows, cells)
+            self.cells[block] = cells
+            self.put[block] = (rows, cells)
         else:
             self._freed_at(block).blocks.append(block)
 
     def check_new(self, block: int) -> None:
         """Raise for a block that was put before, or given up because its writer was gone."""
-        if block in self._cells:
+        if block in self.cells:
             raise InvalidArgument(f"block {block} holds the data of an earlier put; every put needs a block of its own")
-        if block in self._aborted:
+        if block in self.aborted:
             raise LeaseExpired(f"block {block} was given up: its writer was taken for dead; put again")
 
     def settle(self, blocks: Int64s) -> Int64s:
         """Which of these blocks are in use (1)? The others are refused from now on (0)."""
         committed = self.holds(blocks)
-        self._aborted.update(blocks[committed == 0].tolist())
+        self.aborted.update(blocks[committed == 0].tolist())
         return committed
 
     def holds(self, blocks: Int64s) -> Int64s:
         """[n] 0/1: which of these blocks are in use."""
-        return np.array([block in self._cells for block in blocks.tolist()], dtype=np.int64)
+        return np.array([block in self.cells for block in blocks.tolist()], dtype=np.int64)
 
     def of_unit(self, unit: int) -> Int64s:
         """The blocks in use that lie at a unit."""
-        return np.array([block for block in self._cells if block >> UNIT_SHIFT == unit], dtype=np.int64)
+        return np.array([block for block in self.cells if block >> UNIT_SHIFT == unit], dtype=np.int64)
 
     def partly_used(self, blocks: Int64s) -> dict[int, int]:
         """Blocks to which fewer cells point than were put, with the number of rows they were put with."""
-        found = {block: self._put[block] for block in blocks.tolist() if block in self._cells}
-        return {block: rows for block, (rows, cells) in found.items() if self._cells[block] < cells}
+        found = {block: self.put[block] for block in blocks.tolist() if block in self.cells}
+        return {block: rows for block, (rows, cells) in found.items() if self.cells[block] < cells}
+
+    def free(self, blocks: Int64s) -> None:
+        """Nothing points to these blocks any more, and their cells are counted nowhere."""
+        for block in blocks.tolist():
+            self._freed_at(block).blocks.append(block)
+        self.close_orders()
 
     def lose(self, blocks: Int64s) -> None:
         """The bytes of these blocks are gone; there is nothing to free."""
         for block in blocks.tolist():
-            del self._cells[block], self._put[block]
+            del self.cells[block], self.put[block]
 
     def overwrite(self, blocks: Int64s) -> None:
         """One cell of each entry was written anew elsewhere."""
@@ -123,31 +130,33 @@ class BlockBook:
             return
         freed, self._freed = self._freed, {}
         for unit, what in freed.items():
-            orders = self._orders.setdefault(unit, Orders())
+            orders = self.orders.setdefault(unit, Orders())
             orders.sequence += 1
             order = what.order(orders.sequence)
             orders.unconfirmed.append(order)
             self._unsent.append((unit, order))
 
     def take_orders(self) -> list[tuple[int, FreeBlocks]]:
-        """(unit number, order) of the orders made since the last call."""
+        """(unit number, order) of the orders made since the last call; none while somebody copies blocks."""
+        if self.copied:
+            return []
         unsent, self._unsent = self._unsent, []
         return unsent
 
     def unconfirmed(self, unit: int) -> list[FreeBlocks]:
         """Orders that a unit may have missed."""
-        orders = self._orders.get(unit)
-        return [] if orders is None else list(orders.unconfirmed)
+        orders = self.orders.get(unit)
+        return [] if orders is None or self.copied else list(orders.unconfirmed)
 
     def confirm(self, unit: int, sequence: int) -> None:
         """The unit did everything up to `sequence`."""
-        orders = self._orders.get(unit)
+        orders = self.orders.get(unit)
         while orders is not None and orders.unconfirmed and orders.unconfirmed[0].sequence <= sequence:
             orders.unconfirmed.popleft()
 
     def confirmed(self, unit: int, sequence: int) -> bool:
         """Whether the unit did what this order says."""
-        orders = self._orders.get(unit)
+        orders = self.orders.get(unit)
         return orders is None or not orders.unconfirmed or orders.unconfirmed[0].sequence > sequence
 
     def _subtract(self, blocks: Int64s) -> Int64s:
@@ -155,12 +164,12 @@ class BlockBook:
         touched, counts = _counted(blocks)
         left = []
         for block, count in zip(touched.tolist(), counts.tolist(), strict=True):
-            cells = self._cells[block] - count
+            cells = self.cells[block] - count
             if cells:
-                self._cells[block] = cells
+                self.cells[block] = cells
                 left.append(block)
             else:
-                del self._cells[block], self._put[block]
+                del self.cells[block], self.put[block]
                 self._freed_at(block).blocks.append(block)
         return np.array(left, dtype=np.int64)
 

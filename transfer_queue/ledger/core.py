@@ -3,34 +3,53 @@
 Every call takes a request (and `now`, in seconds of any steady clock), changes the state or raises with the state
 unchanged, and returns the reply; `None` means that the request is parked under its ticket. Parked requests are
 answered by `wake`, which the owner calls after every change and when `next_deadline` has come. What storage may reuse
-is read from `blocks.take_orders()`, what changed from `records.take()`: with the same records, `replay` makes the same
-changes in another ledger. Nothing here reads a clock or blocks.
+is read from `blocks.take_orders()`, what changed from `records.take()`: `replaying.replay` makes the same changes in
+another ledger. Nothing here reads a clock or blocks.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import CapacityExceeded, InvalidArgument, StaleSampleError, TransferQueueError
+from transfer_queue.errors import InvalidArgument, TransferQueueError
 from transfer_queue.ledger.blocks import BlockBook
-from transfer_queue.ledger.drawing import Asker, Drawing, DrawRecord
+from transfer_queue.ledger.drawing import Asker, Drawing
+from transfer_queue.ledger.gate import Gate
 from transfer_queue.ledger.leases import Lease, LeaseBook
+from transfer_queue.ledger.limits import Limits, Usage
 from transfer_queue.ledger.lookup import Lookup
 from transfer_queue.ledger.losing import reconcile
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.putting import Putting
 from transfer_queue.ledger.records import Record, Records
 from transfer_queue.ledger.reports import Reports
+from transfer_queue.ledger.restoring import restorable
 from transfer_queue.ledger.rows import Rows
-from transfer_queue.ledger.selection import Plan
-from transfer_queue.ledger.waiting import Ticket, WaitingDraw, WaitingPut, WaitingRoom
+from transfer_queue.ledger.serving import Answer, Serving
+from transfer_queue.ledger.state import (
+    Numbered,
+    State,
+    dump_assignment,
+    dump_assignments,
+    dump_draws,
+    dump_leases,
+    dump_rows,
+    load_assignment,
+    load_assignments,
+    load_draws,
+    load_leases,
+    load_rows,
+)
+from transfer_queue.ledger.waiting import Ticket, WaitingPut, WaitingRoom
 from transfer_queue.messages import (
     AbortGroup,
     Ack,
+    Admit,
+    Admitted,
     Clear,
     Draw,
     Drawn,
@@ -49,15 +68,11 @@ from transfer_queue.messages import (
     Settle,
     Settled,
 )
-from transfer_queue.messages.journal import DrawUndone, LeaseEnded, Resumed, SamplerGiven, TaskSeen, TurnSkipped
+from transfer_queue.messages.journal import LeaseEnded, Resumed, SamplerGiven
 from transfer_queue.samplers import BaseSampler
 from transfer_queue.samplers.registry import SamplerLike
 
 Int64s: TypeAlias = NDArray[np.int64]
-Answer: TypeAlias = tuple[Ticket, "PutDone | Drawn | TransferQueueError"]
-
-_UNDOABLE = 4096
-"""How many answered draws are remembered, so that one whose answer could not be delivered is undone."""
 
 
 class Ledger:
@@ -71,6 +86,7 @@ class Ledger:
         num_n_samples: int = 1,
         sampler: SamplerLike | None = None,
         max_deliveries: int | None = None,
+        limits: Limits | Mapping[str, int | None] | None = None,
     ) -> None:
         for name, value in (("num_global_batch", num_global_batch), ("num_n_samples", num_n_samples)):
             _check_positive(name, value)
@@ -78,18 +94,19 @@ class Ledger:
             if optional is not None:
                 _check_positive(name, optional)
         ring = (global_batch_size * num_n_samples, num_global_batch) if global_batch_size else (0, 0)
-        self._rows = Rows(*ring)
+        limits = limits if isinstance(limits, Limits) else Limits(**(limits or {}))
+        self._rows = Rows(*ring, Usage(limits) if limits else None)
+        self.gate = Gate(self._rows)
         self._waiting = WaitingRoom()
         self._putting = Putting(self._rows, num_n_samples)
         self._lookup = Lookup(self._rows)
         self._drawing = Drawing(self._rows, self._lookup, sampler, num_n_samples, max_deliveries)
         self._leasing = self._drawing.leasing
         self.records = Records()
-        self._undoable: OrderedDict[Ticket, DrawRecord] = OrderedDict()
         self._refused: list[Answer] = []  # parked requests that a change made impossible
-        self._stirred: dict[str, set[str] | None] = {}  # partitions in which more may be served; None: to any task
-        self._window_freed = False
-        self.reports = Reports(self._rows, self._drawing, self._waiting)
+        self.reports = Reports(self._rows, self._drawing, self._waiting, self.gate)
+        parts = (self._rows, self._putting, self._drawing, self._waiting, self.reports, self.records)
+        self.serving = Serving(*parts, self.gate)
 
     @property
     def blocks(self) -> BlockBook:
@@ -108,21 +125,19 @@ class Ledger:
         name = self._putting.check(request)
         if request.lease_token is not None:
             self._end_overdue(now)
-            self._leasing.check_writer(request.lease_token, request.indexes)
-        obstacle = self._putting.obstacle(request, name)
-        if obstacle is None:
-            return self._apply(request, name, ticket, client, now)
-        if request.timeout_s <= 0:
-            raise CapacityExceeded(f"no capacity for step {self._rows.step_of(name)}: the ring waits for {obstacle}")
-        self._waiting.park_put(ticket, request, client, name, now)
-        return None
+            self._leasing.check_writer(request)
+        return self.serving.put(request, name, ticket, client, now)
+
+    def admit(self, request: Admit, ticket: Ticket, client: str, now: float) -> Admitted | None:
+        """Keep room for a put that is going to be written; parked as that put would be."""
+        return self.serving.admit(request, self.gate.check(request), ticket, client, now)
 
     def set_tags(self, request: SetTags, now: float) -> int:
         """Merge tags into rows; returns their number. Samplers may choose by them: waiting draws are tried again."""
         self._putting.set_tags(request)
         for partition, _ in self._rows.owners(request.indexes):
-            self._stir(partition.name)
-        self._note(Record(request, now))
+            self.serving.stir(partition.name)
+        self.serving.note(Record(request, now))
         return len(request.indexes)
 
     def seal_group(self, request: SealGroup, now: float) -> int:
@@ -130,8 +145,8 @@ class Ledger:
         partition = self._rows.existing(request.partition_id)
         group = partition.groups.seal(request.group_id)
         partition.recheck_group(group)
-        self._stir(partition.name)
-        self._note(Record(request, now))
+        self.serving.stir(partition.name)
+        self.serving.note(Record(request, now))
         return group.size
 
     def abort_group(self, request: AbortGroup, now: float) -> int:
@@ -139,7 +154,7 @@ class Ledger:
         partition = self._rows.existing(request.partition_id)
         group = partition.groups.abort(request.group_id)
         count = self._remove(partition, partition.rows_at(group.ordinals), request.reason)
-        self._note(Record(request, now))
+        self.serving.note(Record(request, now))
         return count
 
     def drop(self, request: Drop, now: float) -> int:
@@ -150,21 +165,21 @@ class Ledger:
         rows = np.unique(request.indexes)
         for partition, positions in self._rows.owners(rows):
             self._drop(partition, rows[positions], request.reason)
-        self._note(Record(request, now))
+        self.serving.note(Record(request, now))
         return len(rows)
 
     def settle(self, request: Settle, now: float) -> Settled:
         """Which of these blocks of a dead writer are in use? The others are refused from now on."""
         settled = Settled(committed=self.blocks.settle(request.blocks))
-        self._note(Record(request, now))
+        self.serving.note(Record(request, now))
         return settled
 
-    def reconcile(self, request: Reconcile, unit: int, now: float) -> Reconciled:
+    def reconcile(self, request: Reconcile, now: float) -> Reconciled:
         """A unit came back with these blocks: rows of those it lost are not ready any more."""
-        reconciled, hurt = reconcile(self._rows, unit, request.blocks)
+        reconciled, hurt = reconcile(self._rows, request.unit, request.blocks)
         for name in hurt:
-            self._stir(name)
-        self._note(Record(request, now))
+            self.serving.stir(name)
+        self.serving.note(Record(request, now))
         return reconciled
 
     # ------------------------------------------------------------ consuming
@@ -172,23 +187,15 @@ class Ledger:
     def draw(self, request: Draw, ticket: Ticket, now: float, client: str = "") -> Drawn | None:
         """Serve a draw, or park it; one that no state could serve raises at once."""
         name = self._rows.name(request.partition_id, request.global_step)
-        plan = self._drawing.plan(request, name)
-        self._meet(name, request.task_name, now)
-        drawn = self._attempt(request, plan, name, ticket, Asker(client, now))
-        if drawn is not None:
-            return drawn
-        if request.timeout_s <= 0:
-            raise self.reports.timeout(request, plan, name, 0.0, now)
-        self._waiting.park_draw(ticket, request, client, plan, name, now)
-        return None
+        return self.serving.draw(request, name, ticket, Asker(client, now))
 
     def ack(self, request: Ack, now: float) -> int:
         """Consume rows of a lease; returns how many were not acknowledged before."""
         self._end_overdue(now)
         count, more = self._leasing.ack(request.lease_token, request.indexes, request.generations)
         if more is not None:
-            self._stir(more.name)
-        self._note(Record(request, now))
+            self.serving.stir(more.name)
+        self.serving.note(Record(request, now))
         return count
 
     def release(self, request: Release, now: float) -> int:
@@ -196,21 +203,28 @@ class Ledger:
         self._end_overdue(now)
         count, partition, spoiled = self._leasing.release(request.lease_token, request.indexes, request.generations)
         self._quarantine(partition, spoiled)
-        self._stir(partition.name)
-        self._note(Record(request, now))
+        self.serving.stir(partition.name)
+        self.serving.note(Record(request, now))
         return count
 
     def renew(self, request: Renew, now: float) -> float:
         """The lease lasts so long from now; returns how long, in seconds."""
         self._end_overdue(now)
         duration_s = self._leasing.renew(request.lease_token, request.lease_s, now)
-        self._note(Record(request, now))
+        self.serving.note(Record(request, now))
         return duration_s
+
+    def end_lease(self, lease: Lease, how: str, now: float) -> None:
+        """A lease is over without a word from its holder."""
+        partition, spoiled = self._leasing.end(lease, how)
+        self._quarantine(partition, spoiled)
+        self.serving.stir(partition.name)
+        self.serving.note(Record(LeaseEnded(lease_token=lease.token, how=how), now))
 
     def client_gone(self, client: str, now: float) -> None:
         """A client is dead or has left: what it holds goes back at once, and counts as overdue."""
         for lease in self.leases.of_client(client):
-            self._end_lease(lease, "its holder is gone", now)
+            self.end_lease(lease, "its holder is gone", now)
 
     def locate(self, request: Locate) -> Drawn:
         """Look rows up without consuming them."""
@@ -218,39 +232,35 @@ class Ledger:
 
     def cancel(self, ticket: Ticket, now: float) -> bool:
         """Nobody waits for this request any more: forget it, or give back what it drew. False: it is not known."""
-        if self._waiting.remove(ticket) is not None:
+        waiting = self._waiting.remove(ticket)
+        if waiting is not None:
+            self.serving.window_freed |= isinstance(waiting, WaitingPut)  # who waited behind it may pass now
             return True
-        record = self._undoable.pop(ticket, None)
-        if record is None:
-            return False
-        self._drawing.undo(record)
-        self._stir(record.partition)
-        self._note(Record(DrawUndone(), now, ticket))
-        return True
+        return self.serving.undo(ticket, now)
 
     def reset(self, request: ResetConsumption, now: float) -> int:
         """Give back what a task, or every task, consumed or reserved in a partition; returns how many rows it has."""
         name = self._rows.name(request.partition_id, request.global_step)
-        self._stir(name)
-        self._settle_draws(name, request.task_name)
+        self.serving.stir(name)
+        self.serving.settle_draws(name, request.task_name)
         count = self._drawing.reset(name, request.task_name)
-        self._note(Record(request, now))
+        self.serving.note(Record(request, now))
         return count
 
     def clear(self, request: Clear, now: float) -> int:
         """Remove the named rows, or a partition with its name. Unknown partitions: nothing to do."""
         if request.indexes is not None:
             count = self._clear_rows(request.indexes, request.generations)
-            self._note(Record(request, now))
+            self.serving.note(Record(request, now))
             return count
         partition = self._rows.partitions.get(self._rows.name(request.partition_id, request.global_step))
         if partition is None:
             return 0
         count = self._remove(partition, partition.rows(), "cleared")
         self._drawing.assignments.forget(partition.name)
-        self._settle_draws(partition.name, None)
+        self.serving.settle_draws(partition.name, None)
         self._rows.drop_partition(partition)
-        self._note(Record(request, now))
+        self.serving.note(Record(request, now))
         return count
 
     def register_sampler(
@@ -260,97 +270,95 @@ class Ledger:
 
         `by`: the request that named it; a sampler given as an object has to be given again after a restart.
         """
-        made = self._drawing.samplers.register(task, sampler)
-        self._note(Record(by or SamplerGiven(task_name=task, described=repr(made)), now))
+        named = None if by is None else (by.sampler, by.arguments)
+        made = self._drawing.samplers.register(task, sampler, named)
+        self.serving.note(Record(by or SamplerGiven(task_name=task, described=repr(made)), now))
         for waiting in self._waiting.all_draws():
             try:
                 self._waiting.replan(waiting, self._drawing.plan(waiting.draw, waiting.partition))
             except TransferQueueError as error:
                 self._waiting.remove(waiting.ticket)
                 self._refused.append((waiting.ticket, error))
-            self._stir(waiting.partition)
+            self.serving.stir(waiting.partition)
         return made
+
+    def lose_sampler(self, given: SamplerGiven, now: float) -> None:
+        """A sampler that was given as an object is gone: until it is given again, its tasks raise."""
+        self._drawing.samplers.lose(given.task_name, given.described)
+        self.serving.note(Record(given, now))
 
     # ------------------------------------------------------------ waiting
 
-    def wake(self, now: float) -> list[Answer]:
-        """Answer the parked requests that can be served by now, in order of arrival, and those that are overdue."""
+    def wake(self, now: float, *, serve: bool = True) -> list[Answer]:
+        """Answer the parked requests that can be served by now, in order of arrival, and those that are overdue.
+
+        `serve` False: only the latter; the former wait for the next call.
+        """
         answers, self._refused = self._refused, []
         self._end_overdue(now)
-        while self._stirred or self._window_freed:
-            if self._window_freed:
-                self._window_freed = False
-                answers.extend(self._serve_puts(now))
-            stirred, self._stirred = self._stirred, {}
-            for name in sorted(stirred):
-                answers.extend(self._serve_draws(name, stirred[name], now))
-        for late in self._waiting.overdue(now):
-            answers.append((late.ticket, self._too_late(late, now)))
-        return answers
+        self.gate.expire(now)
+        if serve:
+            answers += self.serving.serve_waiting(now)
+        answers += [(late.ticket, self.serving.too_late(late, now)) for late in self._waiting.overdue(now)]
+        return answers + self.serving.serve_waiting(now) if serve else answers
 
     def next_deadline(self) -> float | None:
         """When `wake` has something to do even if nothing changes until then."""
-        return min(filter(None, (self._waiting.next_deadline(), self.leases.next_deadline())), default=None)
+        due = (self._waiting.next_deadline(), self.leases.next_deadline(), self.gate.next_deadline())
+        return min(filter(None, due), default=None)
 
     def resume(self, now: float) -> None:
         """The controller was started again: leases last from now on, for nobody could renew them meanwhile."""
         self._leasing.resume(now)
-        self._note(Record(Resumed(), now))
+        self.serving.note(Record(Resumed(), now))
+
+    # ------------------------------------------------------------ the state as a whole
+
+    def state(self) -> State:
+        """The state as plain values, for `load`. Copies what changes, so that the copy may be used at leisure."""
+        numbered = Numbered()
+        state = {
+            "rows": dump_rows(self._rows),
+            "assignments": dump_assignments(self._drawing.assignments, numbered),
+            "leases": dump_leases(self.leases, numbered),
+            "draws": dump_draws(self.serving.undoable, numbered),
+            "samplers": self._drawing.samplers.state(),
+            "usage": self.gate.state(),
+        }
+        return state | {"pool": [dump_assignment(assignment) for assignment in numbered.all]}
+
+    def replace(self, state: State, old: Int64s, new: Int64s) -> int:
+        """Take the state of a checkpoint in place of all that is there; return how many samples it has.
+
+        Block `old[i]` of it is `new[i]` now. What was there is freed; who waits is looked at again. Raises with
+        everything as before. Not among the `records`: write the new state down as a whole.
+        """
+        before = self.state()
+        gone = np.array(list(self.blocks.cells), np.int64)
+        try:
+            self.load(restorable(state, before, old, new))
+        except (TransferQueueError, KeyError, TypeError, ValueError, IndexError, AssertionError):
+            self.load(before)
+            raise
+        self.blocks.free(gone)
+        self.serving.try_all_again()
+        return sum(partition.live for partition in self._rows.partitions.values())
+
+    def load(self, state: State) -> None:
+        """Become the ledger that had this state; it must have been made with the same arguments as this one."""
+        self.gate.load(state["usage"])
+        known = [load_assignment(described) for described in state["pool"]]
+        load_rows(self._rows, state["rows"])
+        load_assignments(self._drawing.assignments, state["assignments"], known)
+        load_leases(self.leases, state["leases"], known)
+        self.serving.undoable = load_draws(state["draws"], known)
+        self._drawing.samplers.load(state["samplers"])
 
     # ------------------------------------------------------------ inside
 
-    def _note(self, record: Record) -> None:
-        """One change is complete."""
-        self.records.add(record)
-        self.blocks.close_orders()
-
-    def _meet(self, name: str, task: str, now: float) -> None:
-        """The first draw of a task in a partition is a change: what went before counts as dropped for it."""
-        partition = self._rows.partitions.get(name)
-        if partition is not None and task not in partition.accounts:
-            partition.account(task)
-            self._note(Record(TaskSeen(task_name=task), now, partition=name))
-
-    def _attempt(self, draw: Draw, plan: Plan, name: str, ticket: Ticket, asker: Asker) -> Drawn | None:
-        """Serve a draw and note it; also what changed although it is refused."""
-        assignments = self._drawing.assignments
-        assignments.skipped = False
-        try:
-            done = self._drawing.attempt(draw, plan, name, asker)
-        except StaleSampleError:
-            if assignments.skipped and plan.split is not None:
-                skipped = TurnSkipped(task_name=draw.task_name, rank=plan.split.rank)
-                self._note(Record(skipped, asker.now, partition=name))
-            raise
-        if done is None:
-            return None
-        choice, drawn, record = done
-        self._note(
-            Record(
-                draw,
-                asker.now,
-                ticket,
-                asker.client,
-                name,
-                choice.rows,
-                None if choice.consumed is choice.rows else choice.consumed,
-                int(drawn.generations.sum()),
-                split=choice.split,
-                bounds=choice.bounds,
-                sampler_state=plan.sampler_state(),
-            )
-        )
-        return self._answered(ticket, drawn, record)
-
     def _end_overdue(self, now: float) -> None:
         for lease in self.leases.overdue(now):
-            self._end_lease(lease, "it ran out", now)
-
-    def _end_lease(self, lease: Lease, how: str, now: float) -> None:
-        partition, spoiled = self._leasing.end(lease, how)
-        self._quarantine(partition, spoiled)
-        self._stir(partition.name)
-        self._note(Record(LeaseEnded(lease_token=lease.token, how=how), now))
+            self.end_lease(lease, "it ran out", now)
 
     def _quarantine(self, partition: Partition, rows: Int64s) -> None:
         """Rows that were given back too often are dropped; the partition remembers what they were."""
@@ -359,44 +367,12 @@ class Ledger:
             self._drop(partition, rows, "quarantined")
 
     def _drop(self, partition: Partition, rows: Int64s, reason: str) -> None:
+        ordinals = partition.ordinals(rows)
         shrunk = partition.shrink_groups(rows)
         self._remove(partition, rows, reason)
         for group in shrunk:
             partition.recheck_group(group)
-
-    def _apply(
-        self, request: Put, name: str, ticket: Ticket, client: str, now: float, at: Int64s | None = None
-    ) -> PutDone:
-        done, touched = self._putting.apply(request, name, client, now, at)
-        self._note(Record(request, now, ticket, client, name, done.indexes, check=int(done.generations.sum())))
-        fields = tuple(spec.name for spec in request.columns)
-        for partition in touched:
-            if request.tags is None and request.group_ids is None:
-                self._stir(partition.name, self._waiting.tasks(partition.name, fields))
-            else:
-                self._stir(partition.name)
-        return done
-
-    def _stir(self, partition: str, tasks: set[str] | None = None) -> None:
-        """More of a partition may be served now: to these tasks, or (None) to any."""
-        if tasks is None or self._stirred.get(partition, tasks) is None:
-            self._stirred[partition] = None
-        elif tasks:
-            self._stirred[partition] = tasks.union(self._stirred.get(partition) or ())
-
-    def _answered(self, ticket: Ticket, drawn: Drawn, record: DrawRecord) -> Drawn:
-        self._undoable[ticket] = record
-        if len(self._undoable) > _UNDOABLE:
-            self._undoable.popitem(last=False)
-        if record.stirs:
-            self._stir(record.partition)
-        return drawn
-
-    def _settle_draws(self, name: str, task: str | None) -> None:
-        """What these draws took was given back or is gone: they cannot be undone any more."""
-        for ticket, record in list(self._undoable.items()):
-            if record.partition == name and task in (None, record.task):
-                del self._undoable[ticket]
+        partition.recheck_positions(ordinals)
 
     def _clear_rows(self, rows: Int64s, generations: Int64s | None) -> int:
         self._rows.table.check_fresh(rows, np.full_like(rows, -1) if generations is None else generations)
@@ -411,61 +387,9 @@ class Ledger:
             self._leasing.forget_rows(partition, lambda held: ~self._rows.table.fresh(*held))
             self._drawing.reserving.after_clear(partition)
         if partition.step is not None:
-            self._window_freed = True
-        self._stir(partition.name)
+            self.serving.window_freed = True
+        self.serving.stir(partition.name)
         return len(rows)
-
-    def _serve_draws(self, name: str, tasks: set[str] | None, now: float) -> list[Answer]:
-        answers: list[Answer] = []
-        if name not in self._rows.partitions:
-            return answers
-        for task in sorted(self._waiting.tasks(name) if tasks is None else tasks):
-            self._meet(name, task, now)
-            hopeless: set[Any] = set()
-            for waiting in self._waiting.draws(name, task):
-                if waiting.signature not in hopeless:
-                    answer = self._try(waiting, now)
-                    if answer is None:
-                        hopeless.add(waiting.signature)
-                    else:
-                        answers.append((waiting.ticket, answer))
-        return answers
-
-    def _try(self, waiting: WaitingDraw, now: float) -> Drawn | TransferQueueError | None:
-        asker = Asker(waiting.client, now)
-        try:
-            drawn = self._attempt(waiting.draw, waiting.plan, waiting.partition, waiting.ticket, asker)
-        except TransferQueueError as error:
-            self._waiting.remove(waiting.ticket)
-            return error
-        if drawn is not None:
-            self._waiting.remove(waiting.ticket)
-        return drawn
-
-    def _serve_puts(self, now: float) -> list[Answer]:
-        answers: list[Answer] = []
-        for waiting in self._waiting.puts():
-            try:
-                if self._putting.obstacle(waiting.put, waiting.partition) is not None:
-                    continue
-                if waiting.put.lease_token is not None:
-                    self._leasing.check_writer(waiting.put.lease_token, waiting.put.indexes)
-                answer: PutDone | TransferQueueError = self._apply(
-                    waiting.put, waiting.partition, waiting.ticket, waiting.client, now
-                )
-            except TransferQueueError as error:
-                answer = error
-            self._waiting.remove(waiting.ticket)
-            answers.append((waiting.ticket, answer))
-        return answers
-
-    def _too_late(self, late: WaitingDraw | WaitingPut, now: float) -> TransferQueueError:
-        waited_s = now - late.since
-        if isinstance(late, WaitingDraw):
-            return self.reports.timeout(late.draw, late.plan, late.partition, waited_s, now)
-        obstacle = self._putting.obstacle(late.put, late.partition)
-        step = self._rows.step_of(late.partition)
-        return CapacityExceeded(f"no capacity for step {step} after {waited_s:.1f} s: the ring waits for {obstacle}")
 
 
 def _check_positive(name: str, value: int) -> None:

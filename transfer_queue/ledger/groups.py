@@ -36,8 +36,9 @@ class GroupTable:
     def __init__(self) -> None:
         self._by_id: dict[Hashable, Group] = {}
         self._by_number: dict[int, Group] = {}
-        self._aborted: set[Hashable] = set()
-        self._next = 0
+        self.aborted: set[Hashable] = set()
+        self.holes: Int64s = np.empty(0, dtype=np.int64)  # ordinals dropped from groups by position, ascending
+        self.next_number = 0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -48,7 +49,7 @@ class GroupTable:
     @property
     def lowest(self) -> int:
         """The smallest number in use (the next one if none is)."""
-        return next(iter(self._by_number), self._next)
+        return next(iter(self._by_number), self.next_number)
 
     def get(self, group_id: Hashable) -> Group | None:
         return self._by_id.get(group_id)
@@ -60,7 +61,7 @@ class GroupTable:
         """Raise if rows of these groups may not be added. `declared`: the caller named the expected size."""
         distinct, counts = _distinct(ids)
         for group_id, count in zip(distinct, counts, strict=True):
-            if group_id in self._aborted:
+            if group_id in self.aborted:
                 raise StaleSampleError(f"group {group_id!r} was aborted; nothing can be added to it")
             group = self._by_id.get(group_id)
             if group is None and count > expected:
@@ -81,9 +82,9 @@ class GroupTable:
         for group_id in distinct:
             group = self._by_id.get(group_id)
             if group is None:
-                group = Group(group_id, self._next, expected, np.empty(0, dtype=np.int64))
-                self._by_id[group_id] = self._by_number[self._next] = group
-                self._next += 1
+                group = Group(group_id, self.next_number, expected, np.empty(0, dtype=np.int64))
+                self._by_id[group_id] = self._by_number[self.next_number] = group
+                self.next_number += 1
             number_of[group_id] = group.number
         numbers = np.fromiter((number_of[group_id] for group_id in ids), dtype=np.int64, count=len(ids))
         order = np.argsort(numbers, kind="stable")
@@ -101,8 +102,35 @@ class GroupTable:
 
     def abort(self, group_id: Hashable) -> Group:
         group = self._known(group_id)
-        self._aborted.add(group_id)
+        self.aborted.add(group_id)
         return group
+
+    def leave_out(self, ordinals: Int64s) -> None:
+        """These rows, which have no group id, were dropped: the groups of their positions settle without them."""
+        self.holes = np.union1d(self.holes, ordinals)
+
+    def forget_holes(self, before: int) -> None:
+        """Ordinals below this one are not used any more."""
+        self.holes = self.holes[np.searchsorted(self.holes, before) :]
+
+    def by_position(self, first: int, size: int) -> Int64s:
+        """Ordinals of the group of `size` positions from `first` on."""
+        ordinals = np.arange(first, first + size)
+        return ordinals if len(self.holes) == 0 else np.setdiff1d(ordinals, self.holes, assume_unique=True)
+
+    def sizes_by_position(self, blocks: Int64s, size: int) -> Int64s:
+        """[n]: rows of the groups number `blocks` of `size` positions each; -1 for one that has none left."""
+        if len(self.holes) == 0:
+            return np.full(len(blocks), size)
+        missing = np.searchsorted(self.holes, (blocks + 1) * size) - np.searchsorted(self.holes, blocks * size)
+        return np.where(missing < size, size - missing, -1)
+
+    def load(self, groups: list[Group], aborted: set[Hashable], next_number: int, holes: Int64s) -> None:
+        """Become a table with these groups, in order of their numbers."""
+        self.holes = holes
+        self._by_id = {group.group_id: group for group in groups}
+        self._by_number = {group.number: group for group in groups}
+        self.aborted, self.next_number = aborted, next_number
 
     def remove(self, numbers: Int64s, ordinals: Int64s) -> None:
         """Forget cleared rows; a group without rows is forgotten with its last one."""
@@ -150,10 +178,17 @@ class GroupIndex:
         """The expected size of a declared group changed."""
         self._count("declared", np.array([group.number], dtype=np.int64), 0)
 
+    def recheck_positions(self, ordinals: Int64s) -> None:
+        """The groups by position that had these rows have fewer now."""
+        self._count("positional", np.unique(ordinals // self.size), 0)
+
     def leads(self, ordinals: Int64s, numbers: Int64s) -> NDArray[np.bool_]:
         """[n] bool: the row is the first one of a complete group. `numbers`: the declared groups, or -1."""
         declared = numbers >= 0
         firsts = np.where(declared, 0, ordinals - ordinals % self.size)
+        if len(self._table.holes):
+            starts = [self._table.by_position(start, self.size)[:1] for start in firsts[~declared].tolist()]
+            firsts[~declared] = [int(start[0]) if len(start) else -1 for start in starts]
         firsts[declared] = [self._table[number].ordinals[0] for number in numbers[declared].tolist()]
         complete = np.where(
             declared,
@@ -169,7 +204,10 @@ class GroupIndex:
         found = [self._table[number].ordinals for number in declared.tolist()]
         blocks = self._complete["positional"].first(count) + self._offset["positional"]
         if len(blocks):
-            found.extend(blocks[:, None] * self.size + np.arange(self.size))
+            if len(self._table.holes):
+                found.extend(self._table.by_position(block * self.size, self.size) for block in blocks.tolist())
+            else:
+                found.extend(blocks[:, None] * self.size + np.arange(self.size))
             found.sort(key=lambda rows: int(rows[0]))
         return min(count, len(found)), found[:count]
 
@@ -179,7 +217,7 @@ class GroupIndex:
         ready = self._room(kind, int(touched[-1]) + 1)
         ready[touched] += (times * step).astype(np.int32)
         if kind == "positional":
-            complete = ready[touched] == self.size
+            complete = ready[touched] == self._table.sizes_by_position(numbers, self.size)
         else:
             members = [self._table[number] for number in numbers.tolist()]
             expected = np.array([g.expected if g.size == g.expected else -1 for g in members], dtype=np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -39,9 +39,9 @@ class Lease:
     rows: Handle
     handed_out: int
     marked: NDArray[np.bool_]
+    state: NDArray[np.int8]  # [n] OPEN, DONE, RETURNED or GONE
     assignment: Assignment | None = None
     rank: int = 0
-    state: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))
 
     @property
     def open(self) -> NDArray[np.bool_]:
@@ -123,10 +123,11 @@ class LeaseBook:
 
     def overdue(self, now: float) -> list[Lease]:
         """The open leases whose deadline has come, the earliest first."""
-        late = []
+        late: dict[int, Lease] = {}  # a deadline that was set twice is noted twice
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            late.append(self.open[heapq.heappop(self._deadlines)[1]])
-        return late
+            token = heapq.heappop(self._deadlines)[1]
+            late[token] = self.open[token]
+        return list(late.values())
 
 
 def shown(client: str) -> str:

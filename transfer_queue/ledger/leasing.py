@@ -19,8 +19,11 @@ from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.reserving import Reserving
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.table import Handle
+from transfer_queue.messages import Put
 
 Int64s: TypeAlias = NDArray[np.int64]
+
+_ACKNOWLEDGED = "acknowledged"
 
 
 class Leasing:
@@ -78,10 +81,11 @@ class Leasing:
         done: Collection[int] = (),
     ) -> Lease:
         token = self.book.next_token
-        lease = Lease(token, client, partition.name, task, duration_s, now + duration_s, rows, handed_out, marked)
-        lease.state = np.zeros(len(rows.rows), np.int8)
+        state = np.zeros(len(rows.rows), np.int8)
         if done:
-            lease.state[np.isin(rows.rows, np.fromiter(done, np.int64))] = DONE
+            state[np.isin(rows.rows, np.fromiter(done, np.int64))] = DONE
+        deadline = now + duration_s
+        lease = Lease(token, client, partition.name, task, duration_s, deadline, rows, handed_out, marked, state)
         self.book.add(lease)
         account = partition.account(task)
         account.leases["granted"] += int(lease.open.sum())
@@ -96,7 +100,7 @@ class Leasing:
 
     def ack(self, token: int, rows: Int64s, generations: Int64s) -> tuple[int, Partition | None]:
         """Consume rows of a lease; returns how many this call consumed, and where more may be served now."""
-        if token in self.book.ended and self.book.ended[token] == "acknowledged":
+        if self.book.ended.get(token) == _ACKNOWLEDGED:
             return 0, None
         lease = self.book.get(token)
         chosen = self._chosen(lease, rows, generations, (OPEN, DONE))
@@ -113,7 +117,8 @@ class Leasing:
         else:
             lease.assignment.acked.update(settled.tolist())
         if not lease.open.any():
-            self.book.end(lease, "acknowledged")
+            whole = bool((lease.state[: lease.handed_out] == DONE).all())
+            self.book.end(lease, _ACKNOWLEDGED if whole else "acknowledged in part, the rest was given back")
             if lease.assignment is not None:
                 stirs = self._finish_slice(partition, lease, lease.assignment)
         return count, partition if stirs else None
@@ -170,12 +175,13 @@ class Leasing:
     def resume(self, now: float) -> None:
         """Nobody could renew while there was no controller: every lease lasts from now for as long as was granted."""
         for lease in self.book.open.values():
-            lease.deadline = max(lease.deadline, now + lease.duration_s) if lease.deadline < math.inf else math.inf
+            lease.deadline = now + lease.duration_s
             self.book.note_deadline(lease)
 
-    def check_writer(self, token: int, rows: Int64s | None) -> None:
+    def check_writer(self, put: Put) -> None:
         """Raise `LeaseExpired` for a put under a lease that is over, or of rows that it gave back."""
-        if self.book.ended.get(token) == "acknowledged":
+        token, rows = put.lease_token, put.indexes
+        if token is None or self.book.ended.get(token) == _ACKNOWLEDGED:
             return
         lease = self.book.get(token)
         if rows is None:

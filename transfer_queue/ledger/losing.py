@@ -32,6 +32,7 @@ def _lose(rows: Rows, blocks: Int64s) -> list[str]:
         lost = np.flatnonzero((column.ready == 1) & np.isin(column.block, blocks))
         for partition, positions in rows.owners(lost) if len(lost) else ():
             partition.lose_field(name, lost[positions])
+            rows.uncount(partition, column.block[lost[positions]])
             hurt.add(partition.name)
         column.ready[lost] = column.block[lost] = column.slot[lost] = 0
     rows.blocks.lose(blocks)

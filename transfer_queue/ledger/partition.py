@@ -133,7 +133,7 @@ class Partition:
     def _account(self, rows: Int64s, reason: str) -> None:
         self.dropped[reason] += len(rows)
         for task, account in self.accounts.items():
-            consumed = int(self._table.tasks[task].consumed[rows].sum())
+            consumed = int(self._table.task(task).consumed[rows].sum())
             account.consumed_and_cleared += consumed
             if len(rows) > consumed:
                 account.dropped[reason] += len(rows) - consumed
@@ -151,6 +151,7 @@ class Partition:
         self.base += self._leading
         self.length -= self._leading
         self._leading = 0
+        self.groups.forget_holes(self.base)
         self.ready.clear()
 
     # ------------------------------------------------------------ groups
@@ -161,8 +162,17 @@ class Partition:
             for index in ready.group_indexes():
                 index.recheck(group)
 
+    def recheck_positions(self, ordinals: Int64s) -> None:
+        """Rows without a group id are gone, and the groups of their positions settle without them."""
+        for ready in self.ready.values():
+            for index in ready.group_indexes():
+                index.recheck_positions(ordinals)
+
     def shrink_groups(self, rows: Int64s) -> list[Group]:
         """The rows will be dropped: their groups are complete without them. Returns the groups that go on."""
+        loose = self.ordinals(rows[self._table.group[rows] == NO_GROUP])
+        if len(loose):
+            self.groups.leave_out(loose)
         numbers, counts = np.unique(self._table.group[rows], return_counts=True)
         shrunk = []
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):

@@ -52,18 +52,6 @@ class Putting:
             raise InvalidArgument("a put needs at least one row")
         return self._rows.name(put.partition_id, put.global_step)
 
-    def obstacle(self, put: Put, name: str) -> str | None:
-        """What must be cleared before the put fits; None: nothing."""
-        if put.indexes is not None:
-            return None
-        return self._rows.room(name, self._new_rows(put, name))
-
-    def _new_rows(self, put: Put, name: str) -> int:
-        known = self._rows.partitions.get(name)
-        if put.keys is None or known is None:
-            return put.num_rows
-        return sum(key not in known.keys for key in put.keys)
-
     def apply(
         self, put: Put, name: str, client: str, now: float, at: Int64s | None = None
     ) -> tuple[PutDone, list[Partition]]:
@@ -75,7 +63,7 @@ class Putting:
             assert put.generations is not None
             rows, touched = self._named_rows(put, put.indexes, put.generations)
         else:
-            rows, touched, inserted = self._rows_of(put, name, at)
+            rows, touched, inserted = self._rows_of(put, name, client, at)
         writer = Writer(client, now)
         for partition, positions in touched:
             if inserted:
@@ -84,6 +72,7 @@ class Putting:
                 self._rows.write(partition, rows[positions], positions, put.columns, put.block_id, writer)
         if put.block_id:
             self._rows.blocks.commit(put.block_id, len(rows), len(put.columns))
+            self._count(put, touched, client)
         if put.tags is not None:
             self._merge_tags(rows, put.tags)
         fields = tuple(spec.name for spec in put.columns)
@@ -111,7 +100,12 @@ class Putting:
             partition.check_columns(put.columns)
         return rows, touched
 
-    def _rows_of(self, put: Put, name: str, at: Int64s | None) -> tuple[Int64s, Positions, bool]:
+    def _count(self, put: Put, touched: Positions, client: str) -> None:
+        cells = {partition.name: len(positions) * len(put.columns) for partition, positions in touched}
+        if self._rows.usage is not None and put.columns and put.num_rows:
+            self._rows.usage.commit(put.block_id, client, put.size_bytes, cells)
+
+    def _rows_of(self, put: Put, name: str, client: str, at: Int64s | None) -> tuple[Int64s, Positions, bool]:
         """Rows by key, new where the key is new; without keys all are new. Last: whether all are."""
         known = self._rows.partitions.get(name)
         keys = put.keys or ()
@@ -123,6 +117,8 @@ class Putting:
             known.check_columns(put.columns)
         if len(new):
             known, rows[new] = self._rows.insert(name, len(new), None if at is None else int(at[new[0]]))
+            if self._rows.usage is not None:
+                self._rows.usage.insert(name, client, rows[new])
         assert known is not None
         for position in new.tolist() if keys else ():
             known.keys[keys[position]] = int(rows[position])

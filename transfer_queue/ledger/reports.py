@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from transfer_queue.errors import GetMetaTimeout, UnknownName, nearest
 from transfer_queue.ledger.drawing import Drawing
+from transfer_queue.ledger.gate import Gate
 from transfer_queue.ledger.leases import shown
 from transfer_queue.ledger.partition import Partition, ready_key
 from transfer_queue.ledger.rows import Rows
@@ -25,10 +26,11 @@ _SHOWN = 5
 class Reports:
     """Read-only views of the ledger."""
 
-    def __init__(self, rows: Rows, drawing: Drawing, waiting: WaitingRoom) -> None:
+    def __init__(self, rows: Rows, drawing: Drawing, waiting: WaitingRoom, gate: Gate) -> None:
         self._rows = rows
         self._drawing = drawing
         self._waiting = waiting
+        self._gate = gate
         self._leases = drawing.leasing.book
 
     def partitions(self) -> tuple[str, ...]:
@@ -137,13 +139,15 @@ class Reports:
     def _explain(self, name: str, task: str, fields: tuple[str, ...], want: int, now: float, plan: Plan | None) -> str:
         partition = self._rows.partitions.get(name)
         if partition is None:
-            return f"there is no partition {name!r} yet{nearest(name, self._rows.partitions)}; nothing was put into it"
+            text = f"there is no partition {name!r} yet{nearest(name, self._rows.partitions)}; nothing was put into it"
+            return "; ".join([text, *self._kept_out(name, now)])
         ready = self._ready(partition, task, fields)
         parts = [f"{ready} of {want} samples ready in partition {name!r} for task {task!r}"]
         parts += self._missing_fields(partition, fields, now)
         parts += self._lost(partition, fields)
         parts += self._taken(partition, task)
         parts += self._leased(partition, task, now)
+        parts += self._kept_out(name, now)
         if plan is not None:
             parts += self._incomplete_groups(partition, task, fields, plan)
             rule = " lets rows pass by a filter of its own" if has_filter(plan.sampler) else ""
@@ -191,6 +195,14 @@ class Reports:
             )
             more = ", …" if len(open_leases) > _SHOWN else ""
             yield f"{sum(lease.held for lease in open_leases)} are leased: {held}{more}"
+
+    def _kept_out(self, name: str, now: float) -> Iterable[str]:
+        """Rows that a draw may wait for in vain: they wait themselves until others are cleared."""
+        puts = [waiting for waiting in self._waiting.puts() if waiting.partition == name]
+        if puts:
+            first = puts[0]
+            reason = self._gate.too_late(first.put, name, first.client, now - first.since)
+            yield f"{len(puts)} puts into it wait until samples are cleared ({reason})"
 
     def _taken(self, partition: Partition, task: str) -> Iterable[str]:
         column = self._rows.table.tasks.get(task)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transfer_queue.errors import CapacityExceeded, InvalidArgument, UnknownName, WrongType, nearest
 from transfer_queue.extents import Extents
 from transfer_queue.ledger.blocks import BlockBook
+from transfer_queue.ledger.limits import Usage
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.table import FREE, NO_GROUP, RowTable
 from transfer_queue.messages import ColumnSpec
@@ -42,16 +43,17 @@ class Rows:
     With a ring, step k owns the window [(k % steps) · size, + size) until its inserted rows are all cleared.
     """
 
-    def __init__(self, step_size: int = 0, num_steps: int = 0) -> None:
+    def __init__(self, step_size: int = 0, num_steps: int = 0, usage: Usage | None = None) -> None:
         self.table = RowTable()
         self.blocks = BlockBook()
+        self.usage = usage  # what counts against limits, if there are any
         self.partitions: dict[str, Partition] = {}
         self.by_number: dict[int, Partition] = {}
         self.step_size = step_size
-        self._windows = [Window(k * step_size) for k in range(num_steps)]
+        self.windows = [Window(k * step_size) for k in range(num_steps)]
         self._ring_end = step_size * num_steps
-        self._slots = Extents()
-        self._next_number = 0
+        self.slots = Extents()
+        self.next_number = 0
         self.table.grow(self._ring_end)
 
     # ------------------------------------------------------------ names
@@ -73,7 +75,7 @@ class Rows:
     def step_of(self, name: str) -> int | None:
         """The step that a partition name means where there is a ring."""
         digits = name.removeprefix("step_")
-        is_step = self._windows and name.startswith("step_") and digits.isdecimal() and str(int(digits)) == digits
+        is_step = self.windows and name.startswith("step_") and digits.isdecimal() and str(int(digits)) == digits
         return int(digits) if is_step else None
 
     def existing(self, name: str) -> Partition:
@@ -97,7 +99,7 @@ class Rows:
         step = self.step_of(name)
         if step is None:
             return None
-        window = self._windows[step % len(self._windows)]
+        window = self.windows[step % len(self.windows)]
         if step < window.step:
             raise CapacityExceeded(f"step {step} is over: the capacity of its window belongs to step {window.step}")
         used = window.used if step == window.step and window.live else 0
@@ -122,22 +124,22 @@ class Rows:
         return partition, rows
 
     def _create(self, name: str) -> Partition:
-        made = Partition(name, self._next_number, self.table, self.step_of(name))
+        made = Partition(name, self.next_number, self.table, self.step_of(name))
         self.partitions[name] = self.by_number[made.number] = made
-        self._next_number += 1
+        self.next_number += 1
         return made
 
     def _allocate(self, partition: Partition, count: int, at: int | None) -> int:
         if partition.step is None:
             if at is not None:
                 return self._allocate_at(at, count)
-            start = self._slots.allocate(count)
+            start = self.slots.allocate(count)
             if start is None:
-                self._slots.extend(max(2 * self._slots.size, self._slots.size + count, 1024))
-                start = self._slots.allocate(count)
+                self.slots.extend(max(2 * self.slots.size, self.slots.size + count, 1024))
+                start = self.slots.allocate(count)
             assert start is not None
             return self._ring_end + start
-        window = self._windows[partition.step % len(self._windows)]
+        window = self.windows[partition.step % len(self.windows)]
         if window.live == 0:
             window.step, window.used = partition.step, 0
         start = window.start + window.used
@@ -147,9 +149,9 @@ class Rows:
 
     def _allocate_at(self, start: int, count: int) -> int:
         end = start - self._ring_end + count
-        if end > self._slots.size:
-            self._slots.extend(max(2 * self._slots.size, end, 1024))
-        self._slots.claim(start - self._ring_end, count)
+        if end > self.slots.size:
+            self.slots.extend(max(2 * self.slots.size, self.slots.size + count, 1024))
+        self.slots.claim(start - self._ring_end, count)
         return start
 
     # ------------------------------------------------------------ writing
@@ -163,6 +165,7 @@ class Rows:
             again = rows[column.ready[rows] == 1]
             if len(again):
                 self.blocks.overwrite(column.block[again])
+                self.uncount(partition, column.block[again])
             column.write(rows, slots, block)
             partition.add_column(spec, len(rows) - len(again), who.now, who.client)
 
@@ -198,7 +201,15 @@ class Rows:
         table.partition[where] = FREE
         if blocks:
             self.blocks.clear(np.concatenate(blocks), np.concatenate(slots))
+            self.uncount(partition, np.concatenate(blocks))
+        if self.usage is not None:
+            self.usage.remove(partition.name, rows)
         self._release(partition, rows)
+
+    def uncount(self, partition: Partition, blocks: Int64s) -> None:
+        """Cells do not point to these blocks any more: their bytes do not count against limits."""
+        if self.usage is not None:
+            self.usage.free(partition.name, blocks)
 
     def drop_partition(self, partition: Partition) -> None:
         """Forget an empty partition."""
@@ -207,11 +218,11 @@ class Rows:
 
     def _release(self, partition: Partition, rows: Int64s) -> None:
         if partition.step is not None:
-            self._windows[partition.step % len(self._windows)].live -= len(rows)
+            self.windows[partition.step % len(self.windows)].live -= len(rows)
             return
         ordered = np.sort(rows) - self._ring_end
         for run in np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1):
-            self._slots.free(int(run[0]), len(run))
+            self.slots.free(int(run[0]), len(run))
 
 
 def as_run(rows: Int64s) -> Int64s | slice:

@@ -70,16 +70,67 @@ class SamplerBook:
         self._by_task: dict[str, BaseSampler] = {}
         self._by_request: dict[tuple[str, str], BaseSampler] = {}
         self._plans: dict[tuple[str, int, bool], Plan] = {}  # of draws without parameters of their own
+        self.made: dict[str | None, str | tuple[str, dict[str, Any]]] = {}  # by task: a description, or how to make it
+        self.lost: dict[str | None, str] = {}  # samplers given as objects, before a restart
+        self.states: dict[
+            str | None, dict[str, Any]
+        ] = {}  # by task: what its sampler last remembered, before a restart
         self.num_n_samples = num_n_samples
 
-    def register(self, task: str | None, sampler: SamplerLike) -> BaseSampler:
+    def register(
+        self, task: str | None, sampler: SamplerLike, by: tuple[str, dict[str, Any]] | None = None
+    ) -> BaseSampler:
+        """From now on this sampler serves the task, or all without their own. `by`: (name, arguments) it is made by."""
         made = as_sampler(sampler)
         self._plans.clear()
+        self.lost.pop(task, None)
+        self._give_state(task, made)
+        self.made[task] = by or repr(made)
         if task is None:
             self._default = made
         else:
             self._by_task[task] = made
         return made
+
+    def lose(self, task: str | None, described: str) -> None:
+        """A sampler was given as an object, which nothing has kept: until it is given again, its draws raise."""
+        self.lost[task] = described
+        self.made.pop(task, None)
+        self._plans.clear()
+
+    def restore_state(self, draw: Draw, state: dict[str, Any] | None) -> None:
+        """Note what the sampler of this draw remembered; given to it now, or when it is registered again."""
+        if state is None or "sampler" in draw.sampler_params:
+            return
+        task = draw.task_name if draw.task_name in self._by_task or draw.task_name in self.lost else None
+        self.states[task] = state
+        if task not in self.lost:
+            self._give_state(task, self._by_task[task] if task is not None else self._default)
+
+    def _give_state(self, task: str | None, sampler: BaseSampler) -> None:
+        load = getattr(sampler, "load_state_dict", None)
+        state = self.states.pop(task, None)
+        if load is not None and state is not None:
+            load(state)
+
+    def state(self) -> dict[str, Any]:
+        """Which tasks have samplers of their own and how to get them back, and what samplers remember."""
+        samplers: list[tuple[str | None, Any]] = [(None, self._default), *self._by_task.items()]
+        states = {task: made.state_dict() for task, made in samplers if hasattr(made, "state_dict")}
+        states |= self.states
+        made = [(task, how) for task, how in self.made.items() if isinstance(how, tuple)]
+        objects = {task: how for task, how in self.made.items() if isinstance(how, str)}
+        return {"made": made, "lost": sorted((self.lost | objects).items(), key=repr), "states": list(states.items())}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Make the samplers that were registered by name again; the others are lost until they are given again."""
+        self.lost = {task: described for task, described in state["lost"] if task not in self.made}
+        self.states = dict(state["states"])
+        for task in list(self.states):
+            if task is None or task in self._by_task:
+                self._give_state(task, self._by_task[task] if task is not None else self._default)
+        for task, (name, arguments) in state["made"]:
+            self.register(task, create_sampler(name, **arguments), (name, arguments))
 
     def names(self) -> dict[str, str]:
         """What serves whom, for people."""
@@ -125,6 +176,7 @@ class SamplerBook:
     def _choose(self, draw: Draw) -> BaseSampler:
         name = draw.sampler_params.get("sampler")
         if name is None:
+            self._check_lost(draw.task_name)
             return self._by_task.get(draw.task_name, self._default)
         if not isinstance(name, str):
             raise WrongType(f"sampler_params['sampler'] must be a registered name, not {name!r}")
@@ -132,6 +184,15 @@ class SamplerBook:
         if key not in self._by_request:
             self._by_request[key] = create_sampler(name)
         return self._by_request[key]
+
+    def _check_lost(self, task: str) -> None:
+        missing = task if task in self.lost else None if None in self.lost and task not in self._by_task else ""
+        if missing != "":
+            which = "the default sampler" if missing is None else f"the sampler of task {task!r}"
+            raise InvalidArgument(
+                f"{which}, {self.lost[missing]}, was given as an object and is gone since the controller was started "
+                "again: register it again"
+            )
 
     def _offered(self, draw: Draw) -> dict[str, Any]:
         offered: dict[str, Any] = {"num_n_samples": self.num_n_samples}
@@ -290,7 +351,8 @@ def _expand(heads: Int64s, size: int, ready: ReadySet, table: RowTable) -> Int64
     for row in heads.tolist():
         number = int(table.group[row])
         ordinal = int(table.ordinal[row])
-        ordinals = partition.groups[number].ordinals if number >= 0 else np.arange(ordinal, ordinal + size)
+        first = ordinal - ordinal % size
+        ordinals = partition.groups[number].ordinals if number >= 0 else partition.groups.by_position(first, size)
         rows.append(partition.rows_at(ordinals))
     return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
 

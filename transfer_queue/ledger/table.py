@@ -44,6 +44,11 @@ class TaskColumn:
     returns: dict[int, list[str]] = field(default_factory=dict)  # who gave a row back, or let its lease run out
     again: set[int] = field(default_factory=set)  # rows whose lease ran out and that nobody got since
 
+    @property
+    def blank(self) -> bool:
+        """Nothing is consumed, reserved or known of any row."""
+        return not (self.consumed.any() or self.reserved.any() or self.returns or self.again)
+
     def forget(self, rows: Int64s | slice, every: Iterable[int]) -> None:
         """The rows are gone. `every`: the same ones, one by one."""
         self.consumed[rows] = 0

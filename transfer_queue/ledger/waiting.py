@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from transfer_queue.ledger.partition import ready_key
 from transfer_queue.ledger.selection import Plan
-from transfer_queue.messages import Draw, Put
+from transfer_queue.messages import Admit, Draw, Put
 
 Ticket: TypeAlias = Hashable
 Watched: TypeAlias = tuple[str, tuple[str, ...]]
@@ -46,10 +46,10 @@ class WaitingDraw:
 
 @dataclass(eq=False)
 class WaitingPut:
-    """A put into a step whose window is not free yet."""
+    """A put of new rows, or a request to admit one, that the window of its step or a limit keeps out."""
 
     ticket: Ticket
-    put: Put
+    put: Put | Admit
     client: str
     partition: str
     since: float
@@ -80,7 +80,7 @@ class WaitingRoom:
         self._watch(waiting)
         self._note(waiting)
 
-    def park_put(self, ticket: Ticket, put: Put, client: str, partition: str, now: float) -> None:
+    def park_put(self, ticket: Ticket, put: Put | Admit, client: str, partition: str, now: float) -> None:
         waiting = WaitingPut(ticket, put, client, partition, now, now + put.timeout_s, next(self._order))
         self._puts[waiting.order] = waiting
         self._note(waiting)

@@ -35,8 +35,10 @@ from transfer_queue.messages.controller import (
     Announce,
     Cancel,
     Clear,
+    Cut,
     Draw,
     Drop,
+    EndCut,
     FreeBlocks,
     FreesDone,
     GetAudit,
@@ -51,13 +53,17 @@ from transfer_queue.messages.controller import (
     Release,
     Renew,
     ResetConsumption,
+    Restore,
     SealGroup,
     SetTags,
     Settle,
+    Withdraw,
 )
 from transfer_queue.messages.replies import (
     Admitted,
     Announced,
+    BlockBytes,
+    CutDone,
     Done,
     Drawn,
     ErrorReply,
@@ -78,6 +84,7 @@ from transfer_queue.messages.unit import (
     Fetch,
     GetUnitStats,
     Pin,
+    ReadBlock,
     Reserve,
     ReturnSpan,
     Unpin,
@@ -115,8 +122,12 @@ ControllerRequest: TypeAlias = (
     | Renew
     | Drop
     | Admit
+    | Cut
+    | EndCut
+    | Restore
+    | Withdraw
 )
-UnitRequest: TypeAlias = Reserve | ReturnSpan | AbortBlocks | Write | Pin | Unpin | Fetch | GetUnitStats
+UnitRequest: TypeAlias = ReadBlock | Reserve | ReturnSpan | AbortBlocks | Write | Pin | Unpin | Fetch | GetUnitStats
 Request: TypeAlias = ControllerRequest | UnitRequest
 Reply: TypeAlias = (
     Done
@@ -135,8 +146,10 @@ Reply: TypeAlias = (
     | Leased
     | Admitted
     | Reconciled
+    | CutDone
+    | BlockBytes
 )
-ONE_WAY: tuple[type[Any], ...] = (Cancel, FreesDone, FreeBlocks, ReturnSpan, AbortBlocks, Unpin)
+ONE_WAY: tuple[type[Any], ...] = (Cancel, Withdraw, FreesDone, FreeBlocks, EndCut, ReturnSpan, AbortBlocks, Unpin)
 
 __all__ = [
     "ANY_GENERATION",
@@ -147,14 +160,18 @@ __all__ = [
     "Admitted",
     "Announce",
     "Announced",
+    "BlockBytes",
     "Cancel",
     "Clear",
     "ColumnSpec",
     "ControllerRequest",
+    "Cut",
+    "CutDone",
     "Done",
     "Draw",
     "Drawn",
     "Drop",
+    "EndCut",
     "ErrorReply",
     "Fetch",
     "Fetched",
@@ -180,6 +197,7 @@ __all__ = [
     "ProcessId",
     "Put",
     "PutDone",
+    "ReadBlock",
     "Reconcile",
     "Reconciled",
     "RegisterSampler",
@@ -191,6 +209,7 @@ __all__ = [
     "Reserve",
     "Reserved",
     "ResetConsumption",
+    "Restore",
     "ReturnSpan",
     "SPAN_SHIFT",
     "SealGroup",
@@ -203,6 +222,7 @@ __all__ = [
     "UnitRequest",
     "Units",
     "Unpin",
+    "Withdraw",
     "Write",
     "message",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transfer_queue.messages.base import Int64s, message
+from transfer_queue.messages.base import Frames, Int64s, message
 from transfer_queue.messages.values import ColumnSpec
 
 
@@ -218,6 +218,43 @@ class Admit:
     num_rows: int
     size_bytes: int
     timeout_s: float
+    keys: tuple[str, ...] | None = None
+
+
+@message(35)
+class Withdraw:
+    """One-way: the put that was admitted will not come."""
+
+    admission: int
+
+
+@message(36)
+class Cut:
+    """The state as of now, for a checkpoint. Reply: `CutDone`.
+
+    Until `EndCut`, the end of the client or `hold_s` seconds, no bytes of blocks in the cut are reused.
+    """
+
+    hold_s: float
+
+
+@message(37)
+class EndCut:
+    """One-way: the blocks of the cut were copied."""
+
+    hold: int
+
+
+@message(38)
+class Restore:
+    """Take the state of a checkpoint in place of all that is there. Reply: `Done` with the number of samples.
+
+    Its blocks were written anew: block `old[i]` of the state is block `new[i]` now.
+    """
+
+    old: Int64s  # [n]
+    new: Int64s  # [n]
+    state: Frames
 
 
 # ---------------------------------------------------------------- unit → controller
@@ -233,6 +270,7 @@ class Announce:
     folder: str
     nonce: str
     capacity_bytes: int
+    curve_key: str = ""
 
 
 @message(31)
@@ -254,7 +292,7 @@ class Settle:
 class Reconcile:
     """A unit came back with these blocks and no others. Reply: `Reconciled`; rows of blocks it lost are not ready."""
 
-    unit_id: str
+    unit: int  # its number
     blocks: Int64s  # [n]
 
 

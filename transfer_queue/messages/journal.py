@@ -15,12 +15,15 @@ class Recorded:
     """
 
     now: float
-    client: str  # name on the wire; "" for what nobody asked for
+    client: str  # who asked, as the ledger was told
+    asked_by: str  # who asked, as on the wire; "" for what nobody asked for
     request_id: int
     partition_id: str  # of a put or draw
     rows: Int64s | None  # put: the rows; draw: what was handed out
     consumed: Int64s | None  # draw: what the sampler marks consumed, where that is not `rows`
     check: int  # sum of the generations of `rows`
+    split: dict[str, Any] | None  # draw of a data-parallel rank: which, of how many, in which group
+    bounds: Any  # where the slices begin, if the draw fixed them: a list of int
     sampler_state: dict[str, Any] | None  # of a sampler that keeps state, after the draw
 
 

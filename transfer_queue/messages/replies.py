@@ -72,12 +72,18 @@ class Names:
 
 @message(67)
 class Units:
+    """`admit_from_bytes`: larger puts of new rows ask for room first (`Admit`); None: nobody does."""
+
     units: tuple[UnitInfo, ...]
+    admit_from_bytes: int | None = None
 
 
 @message(68)
 class Announced:
+    """`given_up`: the unit was away for so long that the controller does not count on its data any more."""
+
     number: int
+    given_up: bool = False
 
 
 @message(69)
@@ -149,3 +155,21 @@ class Reconciled:
     committed: Int64s  # [n] 0/1
     cleared_blocks: Int64s  # [k]
     cleared_slots: Int64s  # [k]
+
+
+@message(76)
+class CutDone:
+    """`state` is for `Restore` alone to read."""
+
+    hold: int
+    samples: int
+    blocks: Int64s  # [n] that rows of the state lie in
+    state: Frames
+
+
+@message(77)
+class BlockBytes:
+    """A piece of a block as it is stored; `size_bytes` is the size of the whole block."""
+
+    size_bytes: int
+    frames: Frames

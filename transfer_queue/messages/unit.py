@@ -55,11 +55,24 @@ class Unpin:
 
 @message(46)
 class Fetch:
-    """Read rows of fields. Reply: `Fetched` with as many leading rows as fit in `max_bytes`, at least one."""
+    """Read rows of fields. Reply: `Fetched` with as many leading rows as fit in `max_bytes`, at least one.
+
+    `verify`: the unit checks the checksums of these rows, and the images in the reply have checksums.
+    """
 
     blocks: Int64s  # [n]
     slots: Int64s  # [n]
     fields: tuple[str, ...]
+    max_bytes: int
+    verify: bool = False
+
+
+@message(48)
+class ReadBlock:
+    """Reply: `BlockBytes`, at most `max_bytes` from `offset` of the block."""
+
+    block: int
+    offset: int
     max_bytes: int
 
 

@@ -43,6 +43,7 @@ class UnitInfo:
     local_address: str  # unix://path, for clients that can read `folder`/nonce
     folder: str
     nonce: str
+    curve_key: str = ""  # public key, where TCP is encrypted
 
 
 @message(4)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from transfer_queue.errors import TransferQueueError
 from transfer_queue.ledger import Ledger
+from transfer_queue.ledger.replaying import replay
 from transfer_queue.messages import (
     AbortGroup,
     Ack,
@@ -31,15 +32,23 @@ from transfer_queue.messages import (
     SetTags,
     Status,
 )
+from transfer_queue.wire.codec import pack_value, unpack_value
 
 UNIT = 1 << 48
 
 
 class Driver:
-    """Drives one ledger as the controller does: after each change it wakes, and keeps the answers by ticket."""
+    """Drives one ledger as the controller does: after each change it wakes, and keeps the answers by ticket.
+
+    Beside it, a shadow makes the same changes from the records alone, and must have the same state after each call.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.ledger = Ledger(**options)
+        self.ledger.records.keep = True
+        self.shadow = Ledger(**options)
+        self._options = options
+        self.compared = 0
         self.now = 100.0
         self.answers: dict[int, PutDone | Drawn | TransferQueueError] = {}
         self.freed: list[int] = []  # whole blocks, in the order in which they became free
@@ -180,9 +189,29 @@ class Driver:
     # ------------------------------------------------------------ inside
 
     def after(self, call: Any, *arguments: Any) -> Any:
-        result = call(*arguments)
-        self.wake()
-        return result
+        try:
+            return call(*arguments)
+        finally:
+            self.wake()
+
+    def restart(self) -> None:
+        """Go on with a ledger that was made from the state of this one; nobody waits in it."""
+        state = unpack_value(pack_value(self.ledger.state()))
+        self.ledger = Ledger(**self._options)
+        self.ledger.load(state)
+        self.ledger.records.keep = True
+        self.follow()
+
+    def follow(self) -> None:
+        """Let the shadow make the changes, and compare."""
+        for record in self.ledger.records.take():
+            replay(self.shadow, record)
+        for unit, order in self.shadow.blocks.take_orders():
+            self.shadow.blocks.confirm(unit, order.sequence)
+        self.compared += 1
+        if self.compared < 50 or self.compared % 100 == 0:  # the states of long runs are large
+            differences = list(differ(self.ledger.state(), self.shadow.state()))
+            assert not differences, str(differences)[:500]
 
     def wake(self) -> None:
         for ticket, answer in self.ledger.wake(self.now):
@@ -192,6 +221,7 @@ class Driver:
             self.ledger.blocks.confirm(unit, order.sequence)
             self.freed += order.blocks.tolist()
             self.freed_slots += list(zip(order.partial_blocks.tolist(), order.partial_slots.tolist(), strict=True))
+        self.follow()
 
     def _next(self) -> int:
         self.ticket += 1
@@ -224,6 +254,21 @@ def handle_of(rows: Any) -> dict[str, Any]:
 def token_of(drawn: Drawn) -> int:
     assert drawn.lease_token is not None, "the draw was not leased"
     return drawn.lease_token
+
+
+def differ(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Where two states differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
+        for key in one:
+            yield from differ(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+            yield from differ(mine, theirs, f"{path}[{number}]")
+    elif isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        if one.dtype != other.dtype or not np.array_equal(one, other):
+            yield f"{path}: {one} is not {other}"
+    elif one != other:
+        yield f"{path}: {one!r} is not {other!r}"
 
 
 def column(name: str, dtype: str | None = "float32", layout: str = "dense", shape: Any = (3,)) -> ColumnSpec:

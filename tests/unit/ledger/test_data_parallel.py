@@ -353,7 +353,8 @@ def test_what_the_ledger_remembers_does_not_grow_with_the_steps_of_a_run() -> No
 def _held(queue: Driver) -> int:
     """Number of entries in the containers below the ledger, those of answered draws apart."""
     seen: set[int] = set()
-    todo: list[Any] = [vars(queue.ledger) | {"_undoable": None}]
+    serving = vars(queue.ledger.serving) | {"undoable": None}
+    todo: list[Any] = [vars(queue.ledger) | {"serving": serving}]
     total = 0
     while todo:
         thing = todo.pop()

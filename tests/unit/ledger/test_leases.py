@@ -148,6 +148,23 @@ def test_a_group_settles_without_a_sample_that_was_dropped() -> None:
     assert queue.ledger.reports.audit()["partitions"]["p"]["dropped"] == {"crashed": 1}
 
 
+@pytest.mark.parametrize("dropped", [0, 1, 3])
+def test_a_group_by_position_settles_without_a_sample_that_was_dropped(dropped: int) -> None:
+    """The groups beside it stay what they are; one that loses all its rows is no group any more."""
+    queue = Driver(num_n_samples=4)
+    queue.put(12)
+    assert queue.draw(8, ("x", "y"), get_n_samples=True) is None
+    waiting = queue.ticket
+    queue.put(to=queue.locate(indexes=ints(*(row for row in range(8) if row != dropped))), fields=("y",))
+    assert waiting not in queue.answers
+    queue.drop(queue.locate(indexes=ints(dropped)))
+    assert rows(queue.answers[waiting]) == [row for row in range(8) if row != dropped]
+    queue.drop(queue.locate(indexes=ints(8, 9, 10, 11)))
+    assert queue.draw(4, task="u", get_n_samples=True) is not None
+    assert rows(queue.draw(4, task="u", get_n_samples=True)) == [4, 5, 6, 7]
+    assert queue.draw(4, task="u", get_n_samples=True) is None
+
+
 def test_cleared_rows_leave_their_lease() -> None:
     queue = Driver()
     queue.put(3)

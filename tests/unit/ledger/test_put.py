@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.ledger.driver import UNIT, Driver, column, ints, rows
+from tests.unit.ledger.driver import UNIT, Driver, column, ints, put_request, rows
 from transfer_queue.errors import (
     CapacityExceeded,
     InvalidArgument,
@@ -200,9 +200,7 @@ def test_a_block_of_a_dead_writer_is_refused() -> None:
 def test_a_block_without_cells_is_free_at_once() -> None:
     """A put that stores no column gives its block back."""
     queue = Driver()
-    queue.ledger.blocks.commit(UNIT + 9, 1, 0)
-    queue.ledger.blocks.close_orders()
-    queue.wake()
+    queue.after(queue.ledger.put, put_request(1, (), UNIT + 9), 1, "writer", queue.now)
     assert queue.freed == [UNIT + 9]
 
 

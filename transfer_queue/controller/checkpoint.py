@@ -1,0 +1,100 @@
+"""The controller's part of checkpoints: the state at one moment, held still for whoever copies the blocks it names."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from transfer_queue.errors import DecodeError, InvalidArgument, TransferQueueError
+from transfer_queue.ledger import Ledger
+from transfer_queue.messages import CutDone, Restore
+from transfer_queue.wire.codec import pack_value, unpack_value
+from transfer_queue.wire.ticket import Ticket
+
+FORMAT = 1
+
+_FRAME_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class _Hold:
+    client: str
+    until: float
+
+
+class Cuts:
+    """The cuts that are being copied. Used under the controller's lock."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._holds: dict[int, _Hold] = {}
+        self._numbers = itertools.count(1)
+
+    def begin(self, ticket: Ticket, hold_s: float, now: float) -> None:
+        """Answer with the state of now. Copying it holds up the queue, making bytes of it does not."""
+        number = next(self._numbers)
+        state = self._ledger.state()
+        self._holds[number] = _Hold(ticket.client_id, now + hold_s)
+        self._ledger.blocks.copied = True
+        threading.Thread(
+            target=_answer, args=(ticket, number, state), name="transfer_queue checkpoint", daemon=True
+        ).start()
+
+    def end(self, number: int) -> bool:
+        """The blocks of a cut were copied; return whether anything may be reused again."""
+        self._holds.pop(number, None)
+        return self._settle()
+
+    def end_of(self, client: str) -> bool:
+        """The same for all cuts of a client that is gone."""
+        self._holds = {number: hold for number, hold in self._holds.items() if hold.client != client}
+        return self._settle()
+
+    def end_overdue(self, now: float) -> bool:
+        """The same for cuts that were held for too long."""
+        self._holds = {number: hold for number, hold in self._holds.items() if hold.until > now}
+        return self._settle()
+
+    def next_deadline(self) -> float | None:
+        return min((hold.until for hold in self._holds.values()), default=None)
+
+    def _settle(self) -> bool:
+        ended = self._ledger.blocks.copied and not self._holds
+        if ended:
+            self._ledger.blocks.copied = False
+        return ended
+
+
+def restore(ledger: Ledger, request: Restore) -> int:
+    """Replace the state of a ledger by that of a checkpoint; returns its number of samples, raises with no change."""
+    try:
+        state = unpack_value(b"".join(map(bytes, request.state)))
+        if state["format"] != FORMAT:
+            raise InvalidArgument(f"the checkpoint has format {state['format']}, this version reads {FORMAT}")
+        return ledger.replace(state["ledger"], request.old, request.new)
+    except InvalidArgument:
+        raise
+    except (TransferQueueError, KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
+        raise DecodeError(f"this is not the state of a checkpoint, or it is damaged: {error!r}") from error
+
+
+def _answer(ticket: Ticket, number: int, state: dict[str, Any]) -> None:
+    partitions = state["rows"]["partitions"]
+    data = memoryview(pack_value({"format": FORMAT, "ledger": state}))
+    ticket.answer(
+        CutDone(
+            hold=number,
+            samples=sum(int(np.count_nonzero(partition["indexes"] >= 0)) for partition in partitions),
+            blocks=state["rows"]["blocks"]["blocks"],
+            state=tuple(_pieces(data)),
+        )
+    )
+
+
+def _pieces(data: memoryview) -> Sequence[memoryview]:
+    return [data[at : at + _FRAME_BYTES] for at in range(0, len(data), _FRAME_BYTES)]

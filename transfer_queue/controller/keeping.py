@@ -1,0 +1,290 @@
+"""What a controller writes down before it answers, and how its state comes back from it.
+
+Each change of the ledger is one record of the journal: the request, when and by whom it was asked, and what the state
+alone did not decide. A snapshot is the state as a whole; it takes the place of the records before it. Replayed, both
+give the ledger, the units with their numbers, and the answers that clients may still ask for by request id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transfer_queue.controller.units import UnitBook
+from transfer_queue.errors import CapacityExceeded, DecodeError, JournalDamaged, TransferQueueError
+from transfer_queue.journal import Journal, Recovered
+from transfer_queue.ledger import Ledger
+from transfer_queue.ledger.records import Record
+from transfer_queue.ledger.replaying import replay
+from transfer_queue.ledger.selection import Split
+from transfer_queue.messages import (
+    Admit,
+    Announce,
+    Announced,
+    Draw,
+    FreesDone,
+    Put,
+    RegisterSampler,
+    Reply,
+    Request,
+    SetTags,
+)
+from transfer_queue.messages.journal import Recorded
+from transfer_queue.wire.codec import decode, encode_message, pack_value, unpack_value
+from transfer_queue.wire.requests import RequestTable
+from transfer_queue.wire.ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_LENGTHS = struct.Struct("<II")  # header and body of the `Recorded`; header and body of the request follow
+_GROWING = (Put, Draw, SetTags, RegisterSampler, Admit, Announce)  # refused where space is short; all else gets it free
+_RECORD_BYTES = 4096  # of a record beside the request and the rows
+_ROW_BYTES = 32  # index and mark of a row that a draw hands out, twice
+
+
+class Keeper:
+    """Keeps the state of one controller in a journal. Used under the controller's lock, but for `close`."""
+
+    def __init__(self, journal: Journal, ledger: Ledger, units: UnitBook, requests: RequestTable) -> None:
+        self._journal = journal
+        self._ledger = ledger
+        self._units = units
+        self._requests = requests
+        self._encoded: tuple[Any, list[bytes]] | None = None  # the request that was looked at last
+        self._snapshot: threading.Thread | None = None
+        ledger.records.keep = True
+
+    @classmethod
+    def open(
+        cls, folder: Path, ledger: Ledger, units: UnitBook, requests: RequestTable, *, sync: bool, now: float
+    ) -> Keeper:
+        """Fill an empty ledger with what the folder holds, and go on from there.
+
+        Raises `JournalDamaged`, changing nothing, if it does not fit together; `JournalUnavailable` if it is in use.
+        """
+        journal, recovered = Journal.open(folder, sync=sync)
+        try:
+            for note in recovered.notes:
+                log.warning("%s", note)
+            known = recovered.sequence > 0
+            recover(recovered, ledger, units, requests)
+            keeper = cls(journal, ledger, units, requests)
+            if known:
+                ledger.resume(now)
+                keeper.keep(ledger.records.take())
+            return keeper
+        except BaseException:
+            journal.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Keeper of {self._journal!r}>"
+
+    # ------------------------------------------------------------ writing
+
+    def admit(self, request: Request) -> None:
+        """Raise `CapacityExceeded` if there may be no room to write down what this request changes."""
+        if not isinstance(request, _GROWING):
+            return
+        frames = encode_message(request)
+        self._encoded = (request, frames)
+        rows = request.batch_size if isinstance(request, Draw) and isinstance(request.batch_size, int) else 0
+        self._journal.check_room(sum(map(len, frames)) + _RECORD_BYTES + _ROW_BYTES * max(rows, 0))
+
+    @property
+    def short(self) -> bool:
+        """There is no room for more than what gives room back: nothing that waits is to be served now."""
+        try:
+            self._journal.check_room(_RECORD_BYTES * 16)
+        except CapacityExceeded:
+            return True
+        return False
+
+    def keep(self, records: list[Record], ticket: Ticket | None = None) -> None:
+        """Write changes down. `ticket`: of the request that is being carried out; others name theirs themselves.
+
+        Raises `CapacityExceeded` or `JournalUnavailable` if that is not possible although `admit` let it pass.
+        """
+        for record in records:
+            asked = record.ticket
+            if asked is None and ticket is not None and record.request is ticket.request:
+                asked = (ticket.client_id, ticket.request_id)
+            self._journal.append(*self._parts(record, asked), essential=True)
+        self._encoded = None
+
+    def when_durable(self, done: Callable[[BaseException | None], None]) -> None:
+        """Call back when all that was kept so far will be there after a restart."""
+        self._journal.when_durable(done)
+
+    def flush(self) -> None:
+        """Wait for that."""
+        self._journal.flush()
+
+    def close(self) -> None:
+        """End the snapshot under way and let go of the journal. May be called twice."""
+        if self._snapshot is not None:
+            self._snapshot.join()
+        self._journal.close()
+
+    def _parts(self, record: Record, asked: Any) -> Iterator[bytes]:
+        client, request_id = asked if asked is not None else ("", 0)
+        recorded = encode_message(
+            Recorded(
+                now=record.now,
+                client=record.client,
+                asked_by=client,
+                request_id=request_id,
+                partition_id=record.partition,
+                rows=record.rows,
+                consumed=record.consumed,
+                check=record.check,
+                split=None if record.split is None else dataclasses.asdict(record.split),
+                bounds=None if record.bounds is None else list(record.bounds),
+                sampler_state=record.sampler_state,
+            )
+        )
+        known = self._encoded is not None and self._encoded[0] is record.request
+        request = self._encoded[1] if known and self._encoded else encode_message(record.request)
+        yield _LENGTHS.pack(len(recorded[0]), len(recorded[1]))
+        yield from recorded
+        yield from request
+
+    # ------------------------------------------------------------ snapshots
+
+    def snapshot_if_due(self) -> None:
+        """Write the state down as a whole once the records take too much space."""
+        if self._journal.wants_snapshot and (self._snapshot is None or not self._snapshot.is_alive()):
+            self.snapshot()
+
+    def snapshot(self) -> threading.Thread:
+        """Write the state down as it is now, in a thread: only copying it holds others up."""
+        work = (self._journal.begin_snapshot(), self.state())
+        self._snapshot = threading.Thread(target=_write, args=work, name="transfer_queue snapshot", daemon=True)
+        self._snapshot.start()
+        return self._snapshot
+
+    def write_snapshot(self) -> None:
+        """Write the state down as it is now, and wait for that; raises if it cannot be written."""
+        self._journal.begin_snapshot().write(pack_state(self.state()))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that has to be there after a restart."""
+        return {
+            "format": _FORMAT,
+            "ledger": self._ledger.state(),
+            "units": self._units.state(),
+            "requests": self._requests.dump(),
+        }
+
+
+def _write(writer: Any, state: dict[str, Any]) -> None:
+    try:
+        writer.write(pack_state(state))
+    except TransferQueueError as error:
+        log.warning("no snapshot of the controller was written; its journal goes on growing: %s", error)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def pack_state(state: dict[str, Any]) -> list[bytes]:
+    """The bytes of what `Keeper.state` returned."""
+    requests = [
+        (client, floor, forgotten, [(number, code, b"".join(_framed(reply))) for number, code, reply in answers])
+        for client, floor, forgotten, answers in state["requests"]
+    ]
+    return [pack_value(state | {"requests": requests})]
+
+
+def recover(recovered: Recovered, ledger: Ledger, units: UnitBook, requests: RequestTable) -> None:
+    """Bring the state back into an empty ledger; raises `JournalDamaged` where a record does not fit the state."""
+    if recovered.snapshot is not None:
+        _load(recovered.snapshot, ledger, units, requests)
+    first = recovered.sequence - len(recovered.records) + 1
+    for sequence, data in enumerate(recovered.records, first):
+        try:
+            _replay(data, ledger, units, requests)
+        except (TransferQueueError, KeyError, ValueError, AssertionError, IndexError) as error:
+            raise JournalDamaged(
+                f"record {sequence} of the journal does not fit the state that those before it make: {error}; "
+                f"{sequence - first} records before it are good",
+                sequence=sequence - 1,
+                records=sequence - first,
+            ) from error
+    ledger.blocks.take_orders()  # those that are not confirmed are sent when their unit comes back
+
+
+def _load(snapshot: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable) -> None:
+    try:
+        state = unpack_value(snapshot)
+        if state["format"] != _FORMAT:
+            raise DecodeError(f"it has format {state['format']}, this version reads {_FORMAT}")
+        ledger.load(state["ledger"])
+        units.load(state["units"])
+        requests.load(
+            (client, floor, forgotten, [(number, code, _unframed(reply)) for number, code, reply in answers])
+            for client, floor, forgotten, answers in state["requests"]
+        )
+    except (TransferQueueError, KeyError, TypeError, ValueError, AssertionError) as error:
+        raise JournalDamaged(
+            f"the snapshot of the controller cannot be read: {error}", sequence=0, records=0
+        ) from error
+
+
+def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable) -> None:
+    recorded, request = unpack_record(data)
+    asked = (recorded.asked_by, recorded.request_id)
+    reply: Reply | None
+    match request:
+        case Announce():
+            reply = Announced(number=units.announce(request, None).info.number)
+        case FreesDone():
+            number = units.number_of(request.unit_id)
+            if number is not None:
+                ledger.blocks.confirm(number, request.sequence)
+            reply = None
+        case _:
+            split = None if recorded.split is None else Split(**recorded.split)
+            record = Record(
+                request,
+                recorded.now,
+                asked,
+                recorded.client,
+                recorded.partition_id,
+                recorded.rows,
+                recorded.consumed,
+                recorded.check,
+                split,
+                recorded.bounds,
+                recorded.sampler_state,
+            )
+            reply = replay(ledger, record)
+    if reply is not None:
+        requests.restore(*asked, request, reply)
+
+
+def unpack_record(data: bytes) -> tuple[Recorded, Any]:
+    """Return what stands before a request in a record, and the request."""
+    if len(data) < _LENGTHS.size:
+        raise DecodeError(f"a record of {len(data)} bytes is too short")
+    header, body = _LENGTHS.unpack_from(data)
+    at = _LENGTHS.size
+    recorded = decode([data[at : at + header], data[at + header : at + header + body]])[1]
+    rest = data[at + header + body :]
+    return recorded, decode([rest[:header], rest[header:]])[1]
+
+
+def _framed(message: Any) -> list[bytes]:
+    header, body = encode_message(message)
+    return [bytes((len(header),)), header, body]
+
+
+def _unframed(data: bytes) -> Any:
+    header = data[0]
+    return decode([data[1 : 1 + header], data[1 + header :]])[1]

@@ -1,0 +1,115 @@
+"""Whether new rows may come in now: the window of their step has to be free, and the limits have to allow them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transfer_queue.errors import CapacityExceeded, InvalidArgument
+from transfer_queue.ledger.limits import ADMIT_FROM_BYTES, Claim
+from transfer_queue.ledger.rows import Rows
+from transfer_queue.messages import Admit, Put
+
+
+class Gate:
+    """Puts of new rows, and requests to admit such a put, pass here. Those that only add fields always pass."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._usage = rows.usage
+
+    @property
+    def admit_from_bytes(self) -> int | None:
+        """Larger puts of new rows should be admitted before they are written; None: there is no need."""
+        bounded = self._usage is not None and self._usage.limits.bounds_bytes
+        return ADMIT_FROM_BYTES if bounded else None
+
+    def check(self, request: Admit) -> str:
+        """Raise for a request that is wrong whatever the state; return the name of its partition."""
+        if request.num_rows < 1 or (request.keys is not None and len(request.keys) != request.num_rows):
+            raise InvalidArgument(f"{request.num_rows} rows to admit, with keys {request.keys!r}")
+        return self._rows.name(request.partition_id, request.global_step)
+
+    def obstacle(self, request: Put | Admit, name: str, client: str) -> str | None:
+        """What has to change before it passes; None: nothing. Raises where waiting cannot help.
+
+        Room that was kept for the put is not kept any more: it is to be carried out now, or waits as any other.
+        """
+        count = self._new_rows(request, name)
+        if count == 0:
+            return None
+        window = self._rows.room(name, count)
+        if window is not None or self._usage is None:
+            return window
+        claim = Claim(name, client, count, request.size_bytes)
+        self._usage.check(claim)
+        if isinstance(request, Put) and request.admission is not None and self._usage.use(request.admission, claim):
+            return None
+        return self._usage.obstacle(claim)
+
+    def wait(self, request: Put | Admit, name: str, client: str) -> None:
+        """It waits: what comes later and needs the same limit waits behind it."""
+        if self._usage is not None:
+            self._usage.wait(self._claim(request, name, client))
+
+    def next_round(self) -> None:
+        """All that wait are tried again, in order of arrival."""
+        if self._usage is not None:
+            self._usage.next_round()
+
+    @property
+    def room_made(self) -> bool:
+        """Something was given back since the last round."""
+        return self._usage is not None and self._usage.room_made
+
+    def admit(self, request: Admit, name: str, client: str, now: float) -> int:
+        """Keep room for the put; returns what it has to come with, 0 if there are no limits."""
+        return 0 if self._usage is None else self._usage.admit(self._claim(request, name, client), now)
+
+    def withdraw(self, admission: int) -> None:
+        """The put that was admitted will not come."""
+        if self._usage is not None:
+            self._usage.withdraw(admission)
+
+    def expire(self, now: float) -> None:
+        """End the admissions that are overdue."""
+        if self._usage is not None:
+            self._usage.expire(now)
+
+    def next_deadline(self) -> float | None:
+        """When the first admission ends."""
+        return None if self._usage is None else self._usage.next_expiry()
+
+    def state(self) -> dict[str, Any] | None:
+        """What counts against limits; None if there are none."""
+        return None if self._usage is None else self._usage.state()
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what `state` returned."""
+        if self._usage is None:
+            return
+        if state is None:
+            raise InvalidArgument(
+                "this queue has limits, but what it is to go on from was saved without: nobody noted who holds how "
+                "much; start the queue without limits"
+            )
+        self._usage.load(state)
+
+    def too_late(self, request: Put | Admit, name: str, client: str, waited_s: float) -> CapacityExceeded:
+        """The error of one that waited in vain."""
+        window = self._rows.room(name, self._new_rows(request, name))
+        if window is None and self._usage is not None:
+            return self._usage.too_late(self._claim(request, name, client), waited_s)
+        after = f" after {waited_s:.1f} s" if waited_s else ""
+        return CapacityExceeded(f"no capacity for step {self._rows.step_of(name)}{after}: the ring waits for {window}")
+
+    def _claim(self, request: Put | Admit, name: str, client: str) -> Claim:
+        return Claim(name, client, self._new_rows(request, name), request.size_bytes)
+
+    def _new_rows(self, request: Put | Admit, name: str) -> int:
+        if isinstance(request, Put) and request.indexes is not None:
+            return 0
+        known = self._rows.partitions.get(name)
+        if request.keys is None or known is None:
+            return request.num_rows
+        return sum(key not in known.keys for key in request.keys)
