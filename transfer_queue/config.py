@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("transfer_queue")
 
-RUNTIMES = ("auto", "embedded", "ray")
+RUNTIMES = ("auto", "embedded", "processes", "ray")
 TRANSPORTS = ("auto", "tcp")
 LAYOUTS = ("as_put", "jagged", "dense")
 BACKENDS = ("SimpleStorage",)
+
+_LEAST_SLACK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a queue takes before a put has to wait. `None`: no such limit.
+
+    producer_*       of the samples that one client put and that are not cleared
+    max_deliveries   times that a sample is handed out under a lease before it is set aside
+    """
+
+    total_bytes: int | None = None
+    total_samples: int | None = None
+    partition_bytes: int | None = None
+    partition_samples: int | None = None
+    producer_bytes: int | None = None
+    producer_samples: int | None = None
+    max_deliveries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,23 @@ class Settings:
     num_units: int | None
     capacity_bytes: int | None
     arena_bytes: int
+    journal_enabled: bool
+    journal_path: str | None
+    limits: Limits
+    encrypt: bool
+    checksums: bool
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What a ledger is made with beside its sampler, as plain values."""
+        limits = asdict(self.limits)
+        return {
+            "global_batch_size": self.global_batch_size,
+            "num_global_batch": self.num_global_batch,
+            "num_n_samples": self.num_n_samples,
+            "max_deliveries": limits.pop("max_deliveries"),
+            "limits": limits,
+        }
 
 
 def merged(conf: DictConfig | Mapping[str, Any] | None) -> DictConfig:
@@ -63,7 +99,11 @@ def settings(conf: DictConfig) -> Settings:
     backend = conf.backend.storage_backend
     if backend not in BACKENDS:
         raise UnknownName(f"backend.storage_backend: unknown backend {backend!r}{nearest(str(backend), BACKENDS)}")
+    for name in ("journal", "limits", "security"):
+        if not isinstance(conf[name], Mapping):
+            raise InvalidArgument(f"{name} must be a section of keys, not {conf[name]!r}")
     storage, controller = conf.backend[backend], conf.controller
+    limits = _limits(conf.limits)
     return Settings(
         runtime=_one_of("runtime", conf.runtime, RUNTIMES),
         address=conf.address if conf.address is not None else os.environ.get("TQ_ADDRESS"),
@@ -78,9 +118,35 @@ def settings(conf: DictConfig) -> Settings:
         num_n_samples=_positive("controller.num_n_samples", controller.num_n_samples, int),
         host=controller.host,
         num_units=_optional(f"backend.{backend}.num_data_storage_units", storage.num_data_storage_units),
-        capacity_bytes=_optional(f"backend.{backend}.capacity_bytes", storage.capacity_bytes),
+        capacity_bytes=_capacity(f"backend.{backend}.capacity_bytes", storage.capacity_bytes, limits),
         arena_bytes=_positive(f"backend.{backend}.arena_bytes", storage.arena_bytes, int),
+        journal_enabled=_flag("journal.enabled", conf.journal.enabled),
+        journal_path=_text_or_none("journal.path", conf.journal.path),
+        limits=limits,
+        encrypt=_flag("security.encrypt", conf.security.encrypt),
+        checksums=_flag("checksums", conf.checksums),
     )
+
+
+def _capacity(name: str, value: Any, limits: Limits) -> int | None:
+    """With a limit of bytes a unit takes no more memory than that and room to work: a tenth, at least 16 MiB."""
+    if value is not None or limits.total_bytes is None:
+        return _optional(name, value)
+    return limits.total_bytes + max(limits.total_bytes // 10, _LEAST_SLACK_BYTES)
+
+
+def _limits(conf: Any) -> Limits:
+    """Every limit a positive number of samples or bytes; one within another must not exceed it."""
+    limits = Limits(**{field.name: _optional(f"limits.{field.name}", conf[field.name]) for field in fields(Limits)})
+    for unit in ("bytes", "samples"):
+        total = getattr(limits, f"total_{unit}")
+        for part in ("partition", "producer"):
+            of_part = getattr(limits, f"{part}_{unit}")
+            if total is not None and of_part is not None and of_part > total:
+                raise InvalidArgument(
+                    f"limits.{part}_{unit} is {of_part} and could never be reached: limits.total_{unit} is {total}"
+                )
+    return limits
 
 
 def _plain(conf: DictConfig | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -126,6 +192,18 @@ def _positive(name: str, value: Any, kind: type[Any]) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
         raise InvalidArgument(f"{name} must be a positive {kind.__name__}, not {value!r}")
     return kind(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def _text_or_none(name: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise InvalidArgument(f"{name} must be a path or null, not {value!r}")
+    return value
 
 
 def _optional(name: str, value: Any) -> int | None:

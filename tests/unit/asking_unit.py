@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ NONE = np.empty(0, np.int64)
 class Answer:
     """The asking end of a request: keeps its one answer."""
 
+    _numbers = itertools.count(1)
+
     def __init__(self, request: Any) -> None:
-        self.ticket = Ticket("tester", 1, "channel", request, self._deliver)
+        self.ticket = Ticket("tester", next(self._numbers), "channel", request, self._deliver)
         self.replies: list[Any] = []
         self._there = threading.Event()
 

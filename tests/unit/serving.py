@@ -46,6 +46,8 @@ class Recorder:
         self.requests: list[Request] = []
         self.tickets: list[Ticket] = []
         self.lost_replies: list[tuple[Ticket, Reply | None]] = []
+        self.holders: set[str] = set()
+        self.gone_clients: list[str] = []
         self.puts = 0
         self.park_puts = False
         self.ticks = 0
@@ -88,6 +90,14 @@ class Recorder:
             self.lost_replies.append((ticket, reply))
             self.changed.notify_all()
 
+    def gone(self, client_id: str) -> None:
+        with self.changed:
+            self.gone_clients.append(client_id)
+            self.changed.notify_all()
+
+    def holding(self) -> set[str]:
+        return self.holders
+
     def wait_for(self, predicate: Callable[[], Any]) -> None:
         """Wait until something that this handler was told makes the predicate true."""
         with self.changed:
@@ -121,8 +131,9 @@ class BareClient:
         assert self.line.send(frames)
 
     def receive_frames(self) -> list[Any]:
+        """Return the next message, leaving out the empty frame with which a TCP connection begins."""
         deadline = time.monotonic() + WAIT_S
-        while (frames := self.line.next()) is None:
+        while (frames := self.line.next()) in (None, [b""]):
             assert self.line.connected and time.monotonic() < deadline, "nothing came"
             self.line.wait(0.1)
             self.line.read()

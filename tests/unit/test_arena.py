@@ -111,6 +111,26 @@ def test_an_arena_is_reserved_private_and_zero(tmp_path: Path) -> None:
     assert arena.memory[5] == 7 and not Path(arena.path).exists()
 
 
+def test_an_arena_is_opened_again_as_it_was_or_not_at_all(tmp_path: Path) -> None:
+    """Its bytes are there and none of them free; a file of another size is refused, a file nobody knows removed."""
+    first = Arenas(tmp_path, 4 * MIB, arena_bytes=MIB)
+    for _ in range(2):
+        grow(first, 1)
+    whole, cut = first.members
+    whole.memory[7] = 9
+    os.truncate(cut.path, 4096)
+    (tmp_path / "arena-unknown").touch()
+    second = Arenas(tmp_path, 4 * MIB, arena_bytes=MIB)
+    missing = second.reopen({arena.name: arena.size_bytes for arena in first.members} | {"arena-gone": MIB})
+    assert missing == {cut.name: f"it has 4096 bytes instead of {MIB}", "arena-gone": missing["arena-gone"]}
+    [again] = second.members
+    assert (
+        again.memory[7] == 9 and again.extents.free_total == 0 and list(tmp_path.iterdir()) == [tmp_path / whole.name]
+    )
+    grow(second, 1)
+    assert len({arena.name for arena in (*first.members, *second.members)}) == 3
+
+
 def test_full_memory_is_an_error_with_both_sizes() -> None:
     """A file that shared memory cannot hold raises at once and leaves nothing."""
     with ServerFolder("full") as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tracemalloc
 import types
 import typing
 from typing import Any
@@ -261,3 +262,93 @@ def test_only_messages_are_encoded() -> None:
     """Any other object is refused by the name of its type."""
     with pytest.raises(EncodeError, match="dict"):
         encode_message({})
+
+
+# ---------------------------------------------------------------- values that could not be sent on
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: {"x": value}, lambda value: [1, (value,)]])
+def test_what_is_too_deep_or_foreign_is_refused_by_both_sides(wrap: Any) -> None:
+    """A receiver takes nothing that it could not send to the next one, so one bad tag spoils no later answer."""
+    header, _ = encode_message(Report(entries={}))
+    with pytest.raises(EncodeError):
+        encode_message(Report(entries={"a": wrap(nested(600))}))
+    with pytest.raises(DecodeError, match=r"Report\.entries.*(nested deeper|not an encoded)|not an encoded"):
+        decode([header, b"\x91\x81\xa1a" + b"\x91" * 900 + b"\x01"])
+    stamp = msgpack.packb([{"a": [{"b": msgpack.Timestamp(1, 2)}]}])
+    with pytest.raises(DecodeError, match=r"Report\.entries.*timestamp"):
+        decode([header, stamp])
+    entries = {"a": wrap(nested(200))}
+    assert same(decode(encode_message(Report(entries=entries)))[1].entries, entries)
+
+
+def test_object_arrays_hide_nothing() -> None:
+    """What lies within one is looked at as well."""
+    array = np.empty(1, object)
+    array[0] = nested(400)
+    value: Any = [array]
+    for _ in range(200):
+        value = [value]
+    with pytest.raises(EncodeError, match="nested deeper"):
+        encode_message(Report(entries={"a": value}))
+
+
+def test_a_time_that_is_no_number_is_refused() -> None:
+    """It would have no place among deadlines; infinity has one."""
+    cls = next(cls for cls in ALL if cls.__name__ == "ListUnits")
+    with pytest.raises(DecodeError, match=r"ListUnits\.timeout_s.*not a number"):
+        decode(encode_message(cls(timeout_s=float("nan"))))
+    assert decode(encode_message(cls(timeout_s=float("inf"))))[1].timeout_s == float("inf")
+
+
+@pytest.mark.parametrize("claim", [np.arange(3), [1], "1", 1.0, True], ids=repr)
+def test_the_number_of_frames_is_an_int(claim: Any) -> None:
+    """Whatever else stands there is a `DecodeError` and nothing else."""
+    header, body, *frames = encode_message(Write(span=1, offset=0, frames=(b"x",)))
+    values = msgpack.unpackb(body)
+    values[2] = msgpack.ExtType(INT64S, claim.tobytes()) if isinstance(claim, np.ndarray) else claim
+    with pytest.raises(DecodeError, match="frames"):
+        decode([header, msgpack.packb(values), *frames])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"\x91\xdd\xff\xff\xff\xff", "exceeds"),
+        (b"\x91\xdf\xff\xff\xff\xff", "exceeds"),
+        (b"\x91\xc6\xff\xff\xff\xff", "incomplete"),
+        (b"\xdd\x00\x10\x00\x00" * 200_000, "not an encoded"),
+        (b"\x91\xa2\xff\xfe", "not an encoded"),
+        (b"\x91\xc7\x18\x0c" + b"\xff" * 7 + b"\x3f" + b"\0" * 15 + b"\x40", "range"),
+        (b"\x91\xc7\x18\x0c" + b"\0" * 16 + b"\xff" * 8, "range"),
+        (b"\x91\xc7\x08\x63" + b"\0" * 8, "unknown extension"),
+        (b"\xc1" + b"\xff" * 40, "claims"),
+    ],
+    ids=["array", "map", "bytes", "arrays", "no text", "range", "negative range", "extension", "segments"],
+)
+def test_sizes_that_lie_are_found_before_anything_is_made(body: bytes, said: str) -> None:
+    """A short message cannot claim much memory."""
+    header, _ = encode_message(Report(entries={}))
+    tracemalloc.start()
+    with pytest.raises(DecodeError, match=said):
+        decode([header, body])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_the_client_refuses_first_what_is_too_large() -> None:
+    """With what to do, before anything is sent."""
+    with pytest.raises(EncodeError, match="in parts"):
+        encode_message(Write(span=1, offset=0, frames=(memoryview(bytearray(1)),) * ((1 << 14) + 1)))
+    with pytest.raises(EncodeError, match="in parts"):
+        encode_message(Write(span=1, offset=0, frames=(memoryview(np.zeros((1 << 28) + 1, np.uint8)),)))
+    with pytest.raises(EncodeError, match="fewer rows"):
+        encode_message(Report(entries={"x": np.zeros(1 << 28, np.uint8)}))

@@ -19,7 +19,7 @@ import pytest
 
 from tests.unit.serving import TOKEN, WAIT_S, Recorder, draw, drawn, explain, frees_done
 from transfer_queue.client.drivers import WORKER_BYTES, arun, awaitable, blocking, run
-from transfer_queue.client.steps import Call, Compute, Notify, Operation
+from transfer_queue.client.steps import Call, Calls, Compute, Notify, Operation
 from transfer_queue.errors import InvalidArgument, RemoteError
 from transfer_queue.messages import FreesDone, GetAudit, Report
 from transfer_queue.wire.channel import Peer
@@ -103,6 +103,20 @@ def test_calls_of_a_list_are_under_way_together(handler: Recorder, peer: AnyPeer
         answering = threads.submit(answer)
         assert sorted(drive(operation())) == [0, 1, 2]
         answering.result(WAIT_S)
+
+
+def test_replies_beside_an_error_are_not_lost(peer: AnyPeer, drive: Drive) -> None:
+    """`Calls` hands over each reply that came, then the error is raised; without one they come as a list too."""
+    taken: dict[int, Any] = {}
+
+    def operation(*calls: Call) -> Operation[Any]:
+        return (yield Calls(calls, lambda number, reply: taken.update({number: reply.entries["asked"]})))
+
+    with pytest.raises(InvalidArgument):
+        drive(operation(asked(peer, "a"), Call(peer, explain("x"), WAIT_S), asked(peer, "c")))
+    assert taken == {0: "a", 2: "c"}
+    assert [reply.entries["asked"] for reply in drive(operation(asked(peer, "d")))] == ["d"]
+    assert taken[0] == "d"
 
 
 def test_large_computations_leave_the_loop_free() -> None:

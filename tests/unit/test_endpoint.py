@@ -25,6 +25,7 @@ def endpoint(**changes: Any) -> ZMQServerInfo:
         "folder": "/dev/shm/x",
         "nonce": "n",
         "session_id": "s",
+        "curve_key": "k" * 40,
     }
     return ZMQServerInfo(**{**arguments, **changes})
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer_queue.errors import StaleSampleError
+from transfer_queue.errors import InvalidArgument, StaleSampleError
 from transfer_queue.metadata import BatchMeta, FieldLocation, FieldSchema
 
 FLOAT = FieldSchema("float32", (4,))
@@ -287,14 +287,27 @@ def test_columns_that_one_piece_lacks_have_none_there() -> None:
 
 
 def test_leases_stay_with_their_rows() -> None:
-    """Parts of one lease can be cut and joined; rows of two leases, or with and without one, cannot be joined."""
+    """Parts of a lease are cut and joined, also with rows of other leases; each row keeps its own."""
     meta = meta_of(range(4), lease_token=7, lease_deadline_s=3.0)
     joined = BatchMeta.concat(meta.chunk(2))
     assert (joined.lease_token, joined.lease_deadline_s) == (7, 3.0)
     assert meta[1].select_fields(["x"]).lease_token == 7
-    for other in (meta_of([9]), meta_of([9], lease_token=8)):
-        with pytest.raises(ValueError, match="different leases"):
-            BatchMeta.concat([meta, other])
+    several = BatchMeta.concat([meta[:2], meta_of([9], lease_token=8, lease_deadline_s=2.0), meta[2:]])
+    assert (several.lease_token, several.lease_deadline_s) == (None, 2.0)
+    for same in (several, pickle.loads(pickle.dumps(several)), several.copy()):
+        assert {token: rows.tolist() for token, rows in same.rows_by_lease().items()} == {7: [0, 1, 3, 4], 8: [2]}
+    several.mark_renewed(8, 5.0)
+    assert (several.lease_deadline_s, several[2:3].lease_deadline_s, several[3].lease_token) == (3.0, 5.0, 7)
+    assert repr(several).endswith("lease 7+8>")
+
+
+def test_rows_without_a_lease_are_counted() -> None:
+    """Who wants the leases of rows that have none is told how many, and how to get one."""
+    joined = BatchMeta.concat([meta_of(range(4), lease_token=7), meta_of([9])])
+    assert joined.lease_token is None
+    for meta, text in ((joined, "1 of 5"), (meta_of([9]), "1 of 1")):
+        with pytest.raises(InvalidArgument, match=f"{text} samples are not leased.*lease=seconds"):
+            meta.rows_by_lease()
 
 
 # ---------------------------------------------------------------- union

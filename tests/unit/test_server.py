@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import stat
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from transfer_queue.messages import (
     ListUnits,
     Request,
 )
+from transfer_queue.wire import desk
 from transfer_queue.wire.codec import encode_message
 from transfer_queue.wire.security import Kind
 from transfer_queue.wire.server import Server
@@ -271,7 +274,7 @@ def test_a_stranger_cannot_take_the_place_of_a_client(handler: Recorder, server:
         stranger.setsockopt(zmq.IDENTITY, b"\1" + channel[1:])
         stranger.connect(server.address)
         stranger.send_multipart(encode_message(put(), 1))
-        assert stranger.recv() == bytes([Kind.WHO])
+        assert [stranger.recv(), stranger.recv()] == [b"", bytes([Kind.WHO])]
     assert handler.puts == 0
 
 
@@ -407,3 +410,41 @@ def test_a_push_to_nobody_is_dropped(server: Server, client: BareClient) -> None
     """A channel that is gone is no error."""
     server.push(b"\0gone", Done())
     assert client.ask(GetAudit(partition_id="x"), 1).entries == {"asked": "x"}
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_a_failure_of_the_server_itself_is_answered(
+    monkeypatch: pytest.MonkeyPatch, server: Server, client: BareClient
+) -> None:
+    """A bug in decoding ends neither the server nor the wait of the caller."""
+
+    def fail(frames: object, header: object) -> None:
+        raise ZeroDivisionError("a bug in the server")
+
+    monkeypatch.setattr(desk, "decode", fail)
+    assert client.ask(ListPartitions(), 1).name == "RemoteError"
+    monkeypatch.undo()
+    assert client.ask(ListPartitions(), 2).names == ("bare/1",)
+    assert server.failures == 1
+
+
+def test_a_frame_that_claims_too_much_ends_its_connection(server: Server, client: BareClient, address: str) -> None:
+    """Also of a client that has proved the token: 2^63 bytes are neither awaited nor set aside."""
+    if address.startswith("tcp"):
+        claim = b"\xff" + bytes(8) + b"\x7f\3\0" + b"NULL".ljust(20, b"\0") + bytes(32)
+        claim += b"\4\x19\5READY\13Socket-Type\0\0\0\6DEALER" + struct.pack("!BQ", 2, 1 << 63)
+        host, port = address.removeprefix("tcp://").split(":")
+        with socket.create_connection((host, int(port))) as liar:
+            liar.sendall(claim)
+            liar.settimeout(20)
+            while liar.recv(1 << 16):
+                pass
+    else:
+        client.line._stream._socket.sendall(struct.pack("<3I", 2, 19, (1 << 32) - 1))  # type: ignore[attr-defined]
+        while client.line.connected:
+            client.line.wait(1.0)
+            client.line.read()
+    with BareClient(address) as other:
+        assert other.introduce().ask(ListPartitions(), 1).names == ("bare/1",)

@@ -16,9 +16,11 @@ import torch
 from transfer_queue.client import columns
 from transfer_queue.client.drivers import arun, run
 from transfer_queue.client.steps import Call, Notify
-from transfer_queue.client.transfer import Transfer, load, store
+from transfer_queue.client.storing import store
+from transfer_queue.client.transfer import Transfer, load
 from transfer_queue.errors import CapacityExceeded, ConnectionLost, EncodeError, StaleSampleError
 from transfer_queue.messages import AbortBlocks, FreeBlocks, GetUnitStats, ListUnits, Location, UnitInfo, Units
+from transfer_queue.storage.block import plan_block
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.local import LocalPeer
@@ -43,6 +45,11 @@ class UnitList:
 
     def lost(self, ticket: Ticket, reply: Any) -> None:
         raise AssertionError("nothing is granted here")
+
+    def gone(self, client_id: str) -> None: ...
+
+    def holding(self) -> tuple[str, ...]:
+        return ()
 
 
 class Host:
@@ -77,7 +84,7 @@ class Host:
     def put(self, data: Any) -> Location:
         """Store rows; return where they are."""
         count, encoded = columns.encode(data)
-        _, block = run(store(self.transfer, encoded, count, 5.0))
+        _, block = run(store(self.transfer, plan_block(encoded, count), 5.0))
         return located(block, count, tuple(data))
 
     def get(self, *locations: Location, copy: bool = True) -> Any:
@@ -222,7 +229,7 @@ def test_a_put_that_fails_leaves_nothing(host: Host, monkeypatch: pytest.MonkeyP
     """An interrupt in the middle of a copy, or of a message, gives the place back."""
     data = {"x": torch.zeros(10, 300_000)}
     count, encoded = columns.encode(data)
-    operation = store(host.transfer, encoded, count, 5.0)
+    operation = store(host.transfer, plan_block(encoded, count), 5.0)
     step: Any = next(operation)
     while isinstance(step, Call | Notify):  # up to the copy, or to the first messages that carry data
         step = operation.send(perform(step))
@@ -248,7 +255,7 @@ def finish(operation: Any, step: Any) -> None:
 def test_aborted_blocks_are_gone(host: Host) -> None:
     """A block whose commit failed is freed by the peer that `store` returned."""
     count, encoded = columns.encode({"x": torch.zeros(10, 300_000)})
-    peer, block = run(store(host.transfer, encoded, count, 5.0))
+    peer, block = run(store(host.transfer, plan_block(encoded, count), 5.0))
     peer.notify(AbortBlocks(blocks=np.array([block], np.int64)))
     assert host.stats("blocks") == 0
 
@@ -309,7 +316,7 @@ def test_a_cancelled_put_stops_before_its_place_is_reused(here: Host) -> None:
 
     async def main() -> None:
         count, encoded = columns.encode({"x": torch.zeros(10, 300_000)})
-        task = asyncio.ensure_future(arun(store(here.transfer, encoded, count, 5.0)))
+        task = asyncio.ensure_future(arun(store(here.transfer, plan_block(encoded, count), 5.0)))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -352,7 +359,7 @@ def test_units_may_come_and_go(here: Host) -> None:
     newcomer = here.client()
     count, encoded = columns.encode({"x": torch.ones(1)})
     with pytest.raises(ConnectionLost, match="knows no storage unit"):
-        run(store(newcomer, encoded, count, 0.0))
+        run(store(newcomer, plan_block(encoded, count), 0.0))
     for client in (stranger, newcomer):
         client.close()
 

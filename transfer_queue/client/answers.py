@@ -11,8 +11,8 @@ _NESTED = ("ragged", "shaped")
 _DENSE = "dense"
 
 
-def meta_of(drawn: Drawn) -> BatchMeta:
-    """The rows of a reply as a handle."""
+def meta_of(drawn: Drawn, asked_s: float = 0.0) -> BatchMeta:
+    """The rows of a reply as a handle. `asked_s`: when the request was sent, from where a lease surely lasts."""
     return BatchMeta.from_columns(
         partition_id=drawn.partition_id,
         indexes=drawn.indexes,
@@ -25,7 +25,7 @@ def meta_of(drawn: Drawn) -> BatchMeta:
         group_ids=drawn.group_ids,
         extra_info=drawn.extra_info,
         lease_token=drawn.lease_token,
-        lease_deadline_s=drawn.lease_deadline_s,
+        lease_deadline_s=None if drawn.lease_s is None else asked_s + drawn.lease_s,
     )
 
 

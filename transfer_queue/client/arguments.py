@@ -45,6 +45,16 @@ def timeout_seconds(timeout: float | None) -> float:
     return float(timeout)
 
 
+def lease_seconds(lease: float | None) -> float | None:
+    if lease is None:
+        return None
+    if isinstance(lease, bool) or not isinstance(lease, int | float):
+        raise WrongType(f"lease must be a number of seconds, not {lease!r}")
+    if not 0 < lease < math.inf:
+        raise InvalidArgument(f"lease must be a finite number of seconds above 0, not {lease!r}")
+    return float(lease)
+
+
 def mapping_of(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise WrongType(f"{what} must be a dict, not {value!r}")
@@ -86,9 +96,13 @@ def agreed_rows(**sized: Any) -> int:
     return count
 
 
-def check_handle(metadata: Any, partition: Any, step: Any, keys: Any, group_ids: Any) -> None:
+def check_meta(metadata: Any) -> None:
     if not isinstance(metadata, BatchMeta):
         raise WrongType(f"metadata must be a BatchMeta, not {type(metadata).__name__}")
+
+
+def check_handle(metadata: Any, partition: Any, step: Any, keys: Any, group_ids: Any) -> None:
+    check_meta(metadata)
     if keys is not None or group_ids is not None:
         raise InvalidArgument("keys and group_ids are given when rows are inserted, not with metadata")
     if step is not None:

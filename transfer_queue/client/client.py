@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from transfer_queue.client import reading, status, writing
+from transfer_queue.client import checkpoint, core, leasing, reading, status, writing
 from transfer_queue.client.core import ClientCore
 from transfer_queue.client.drivers import awaitable, blocking
 from transfer_queue.client.transfer import Transfer
@@ -33,11 +35,15 @@ class SocketConnector:
     def controller(self, client_id: str) -> AnyPeer:
         info = self._info
         place = (info.local_address, info.folder, info.nonce, info.to_addr("request"))
-        return Peer(*place, token=info.token, client_id=client_id, transport=self._transport)
+        return self._peer(place, client_id, info.curve_key)
 
     def unit(self, client_id: str, info: UnitInfo) -> AnyPeer:
         place = (info.local_address, info.folder, info.nonce, info.address)
-        return Peer(*place, token=self._info.token, client_id=client_id, transport=self._transport)
+        return self._peer(place, client_id, info.curve_key)
+
+    def _peer(self, place: tuple[str, str, str, str], client_id: str, curve_key: str) -> Peer:
+        token, transport = self._info.token, self._transport
+        return Peer(*place, token=token, client_id=client_id, transport=transport, curve_key=curve_key)
 
 
 class TransferQueueClient:
@@ -46,8 +52,11 @@ class TransferQueueClient:
     client_id        names the caller in explanations and audits; need not be unique
     controller_info  what `get_zmq_server_info` of the controller returns, or `conf.controller.zmq_info` of a session
 
+    checksums        what this client puts has checksums, and what it reads is verified unless `get_data` says otherwise
+
     Every call waits at most its `timeout` (60 s by default) and then raises. Each `x` has an `async_x` with the same
-    arguments.
+    arguments. A call that raised changed nothing, except that after `ConnectionLost` its outcome may be open: `resend`
+    tells.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class TransferQueueClient:
         transport: str = "auto",
         layout: str = "as_put",
         allow_pickle: bool = False,
+        checksums: bool = False,
         connector: Connector | None = None,
         **zmq_options: Any,
     ) -> None:
@@ -77,7 +87,12 @@ class TransferQueueClient:
         self._core = ClientCore(
             client_id=client_id,
             controller=controller,
-            transfer=Transfer(controller, lambda info, local: connector.unit(client_id, info), transport=transport),
+            transfer=Transfer(
+                controller,
+                lambda info, local: connector.unit(client_id, info),
+                transport=transport,
+                checksums=checksums,
+            ),
             layout=layout,
             allow_pickle=allow_pickle,
         )
@@ -96,9 +111,44 @@ class TransferQueueClient:
         self._core.transfer.close()
         self._core.controller.close()
 
+    def leased(
+        self,
+        data_fields: Sequence[str],
+        batch_size: int,
+        partition_id: str | int | None = None,
+        *,
+        lease: float = 60.0,
+        fields: Sequence[str] | None = None,
+        renew: bool = False,
+        **draw: Any,
+    ) -> leasing.LeasedBatch:
+        """Draw under a lease and read the data; what comes of the samples is decided by how the block ends.
+
+            with client.leased(["responses"], 8, "train_0", task_name="reward") as (meta, data):
+                client.put({"rewards": score(data)}, metadata=meta)
+
+        At its end the samples are acknowledged; if it raises they are released, and that error goes on (with a note if
+        they could not be released). `fields` are those to read, None: `data_fields`; `draw` holds further arguments of
+        `get_meta`. With `renew` a thread keeps the lease while the block runs, however long.
+
+        Raises `LeaseExpired` at the end of the block if the lease ran out in it: the samples may have been handed out
+        again, and the work of the block may be done twice.
+        """
+        operation = functools.partial(
+            reading.get_meta, self._core, data_fields, batch_size, partition_id, lease=lease, **draw
+        )
+        return leasing.LeasedBatch(self._core, operation, lease, fields, renew)
+
+    async_leased = leased  # what it returns is for `with` and for `async with`
+
     get_meta, async_get_meta = blocking(reading.get_meta), awaitable(reading.get_meta)
     get_data, async_get_data = blocking(reading.get_data), awaitable(reading.get_data)
     put, async_put = blocking(writing.put), awaitable(writing.put)
+    ack, async_ack = blocking(leasing.ack), awaitable(leasing.ack)
+    release, async_release = blocking(leasing.release), awaitable(leasing.release)
+    renew, async_renew = blocking(leasing.renew), awaitable(leasing.renew)
+    drop, async_drop = blocking(leasing.drop), awaitable(leasing.drop)
+    resend, async_resend = blocking(core.resend), awaitable(core.resend)
     set_custom_meta = blocking(writing.set_custom_meta)
     async_set_custom_meta = awaitable(writing.set_custom_meta)
     seal_group, async_seal_group = blocking(writing.seal_group), awaitable(writing.seal_group)
@@ -124,4 +174,8 @@ class TransferQueueClient:
     audit, async_audit = blocking(status.audit), awaitable(status.audit)
     explain, async_explain = blocking(status.explain), awaitable(status.explain)
     register_sampler, async_register_sampler = blocking(status.register_sampler), awaitable(status.register_sampler)
+    save_checkpoint = blocking(checkpoint.save_checkpoint)
+    async_save_checkpoint = awaitable(checkpoint.save_checkpoint)
+    load_checkpoint = blocking(checkpoint.load_checkpoint)
+    async_load_checkpoint = awaitable(checkpoint.load_checkpoint)
     storage_infos, async_storage_infos = blocking(status.storage_infos), awaitable(status.storage_infos)

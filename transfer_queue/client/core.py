@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from transfer_queue.client.arguments import DEFAULT_TIMEOUT_S
+from transfer_queue.client.outcomes import OpenOutcomes, concluded
+from transfer_queue.client.steps import Call, Operation
 from transfer_queue.client.transfer import Transfer
+from transfer_queue.errors import ConnectionLost, InvalidArgument, WrongType
+from transfer_queue.messages import Done, Request
 from transfer_queue.wire.peer import AnyPeer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -17,3 +25,38 @@ class ClientCore:
     transfer: Transfer
     layout: str
     allow_pickle: bool
+    outcomes: OpenOutcomes = field(default_factory=OpenOutcomes)
+
+
+def changed(core: ClientCore, request: Request, timeout_s: float = DEFAULT_TIMEOUT_S) -> Operation[int]:
+    """Ask the controller for a change that is answered at once; returns how many rows it concerned."""
+
+    def ending(request_id: int | None) -> Operation[int]:
+        done: Done = yield Call(core.controller, request, timeout_s, request_id)
+        return done.count
+
+    return (yield from concluded(core.outcomes, ending))
+
+
+def resend(core: ClientCore, error: ConnectionLost) -> Operation[Any]:
+    """Learn how a call ended whose `ConnectionLost` left that open; returns or raises what the call would have.
+
+    The request is sent again under its id, and the data of a `put` is not written again: what was done is not done a
+    second time, what was not done is done now. If the connection breaks again, the new `ConnectionLost` can be given to
+    `resend` in turn. Raises `InvalidArgument` for an error that left nothing open: the call changed nothing and may
+    simply be repeated.
+
+        try:
+            meta = client.put(data, partition_id="train_0")
+        except ConnectionLost as error:
+            meta = client.resend(error)
+    """
+    if not isinstance(error, ConnectionLost):
+        raise WrongType(f"resend takes the ConnectionLost of an earlier call, not {type(error).__name__} {error!r}")
+    number = error.details.get("request_id")
+    ending = core.outcomes.take(number)
+    if ending is None:
+        raise InvalidArgument(
+            "this error left no outcome open at this client: the call changed nothing, or was settled; repeat the call"
+        )
+    return (yield from concluded(core.outcomes, ending, number))

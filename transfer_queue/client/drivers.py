@@ -5,7 +5,7 @@ error of a reply, but also KeyboardInterrupt and cancellation. So an operation c
 `finally` or `except`, and may yield further steps there. What comes of each:
 
     Notify, Compute   done, in either driver, also when the coroutine is closed without being awaited to its end
-    Call, Wait        awaited as ever; in a coroutine that is being closed they raise GeneratorExit again
+    Call(s), Wait     awaited as ever; in a coroutine that is being closed they raise GeneratorExit again
 
 A request under way when the interrupt comes is withdrawn first. A `Compute` in a worker thread is waited for, because
 it may be writing into memory that the operation is about to give up.
@@ -18,15 +18,16 @@ import concurrent.futures
 import contextlib
 import functools
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
-from transfer_queue.client.steps import Call, Compute, Notify, Operation, Step, Wait
+from transfer_queue.client.steps import Call, Calls, Compute, Notify, Operation, Step, Wait
 from transfer_queue.errors import TransferQueueError
 from transfer_queue.messages import Reply
 from transfer_queue.wire.peer import Pending
 
 WORKER_BYTES = 8 << 20
 
+Take: TypeAlias = Callable[[int, Reply], object]
 C = TypeVar("C")
 C_co = TypeVar("C_co", covariant=True)
 P = ParamSpec("P")
@@ -110,27 +111,36 @@ def awaitable(
 
 def _perform(step: Step | list[Call]) -> Any:
     match step:
-        case Call(peer, request, timeout_s):
-            return peer.begin(request).result(timeout_s)
+        case Call():
+            return _begin(step).result(step.timeout_s)
         case Notify(peer, request):
             return peer.notify(request)
         case Compute(function):
             return function()
         case Wait(future, timeout_s):
             return bool(concurrent.futures.wait([future], timeout_s).done)
+        case Calls(calls, take):
+            return _perform_all(calls, take)
         case _:
-            return _perform_all(step)
+            return _perform_all(step, _leave)
 
 
-def _perform_all(calls: list[Call]) -> list[Reply]:
+def _leave(number: int, reply: Reply) -> None:
+    """Replies of a plain list are of no use if one of them is an error."""
+
+
+def _perform_all(calls: Sequence[Call], take: Take) -> list[Reply]:
     """Begin all, then wait for each; an interrupt withdraws those that are still under way."""
     begun: list[Pending | TransferQueueError] = []
     replies: list[Reply | BaseException] = []
     try:
         for call in calls:
             begun.append(_begun(call))
-        for call, pending in zip(calls, begun, strict=True):
-            replies.append(pending if isinstance(pending, TransferQueueError) else _result(pending, call.timeout_s))
+        for number, (call, pending) in enumerate(zip(calls, begun, strict=True)):
+            reply = pending if isinstance(pending, TransferQueueError) else _result(pending, call.timeout_s)
+            replies.append(reply)
+            if not isinstance(reply, BaseException):
+                take(number, reply)
     except BaseException:
         for pending in begun[len(replies) :]:
             if not isinstance(pending, TransferQueueError):
@@ -139,9 +149,13 @@ def _perform_all(calls: list[Call]) -> list[Reply]:
     return _without_errors(replies)
 
 
+def _begin(call: Call) -> Pending:
+    return call.peer.begin(call.request, request_id=call.request_id)
+
+
 def _begun(call: Call) -> Pending | TransferQueueError:
     try:
-        return call.peer.begin(call.request)
+        return _begin(call)
     except TransferQueueError as error:
         return error
 
@@ -162,8 +176,8 @@ def _perform_at_once(step: Step | list[Call], closing: GeneratorExit) -> Any:
 
 async def _aperform(step: Step | list[Call]) -> Any:
     match step:
-        case Call(peer, request, timeout_s):
-            return await peer.acall(request, timeout_s)
+        case Call():
+            return await _reply_to(step)
         case Compute(function, size_bytes) if size_bytes > WORKER_BYTES:
             return await _in_worker(function)
         case Notify() | Compute():
@@ -171,9 +185,24 @@ async def _aperform(step: Step | list[Call]) -> Any:
         case Wait(future, timeout_s):
             done, _ = await asyncio.wait([asyncio.wrap_future(future)], timeout=timeout_s)
             return bool(done)
+        case Calls(calls, take):
+            return await _areplies(calls, take)
         case _:
-            calls = [call.peer.acall(call.request, call.timeout_s) for call in step]
-            return _without_errors(await asyncio.gather(*calls, return_exceptions=True))
+            return await _areplies(step, _leave)
+
+
+async def _areplies(calls: Sequence[Call], take: Take) -> list[Reply]:
+    async def taken(number: int, call: Call) -> Reply:
+        reply = await _reply_to(call)
+        take(number, reply)
+        return reply
+
+    under_way = [taken(number, call) for number, call in enumerate(calls)]
+    return _without_errors(await asyncio.gather(*under_way, return_exceptions=True))
+
+
+async def _reply_to(call: Call) -> Reply:
+    return await call.peer.acall(call.request, call.timeout_s, request_id=call.request_id)
 
 
 async def _in_worker(function: Callable[[], Any]) -> Any:

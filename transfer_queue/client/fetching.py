@@ -10,6 +10,7 @@ import numpy as np
 from transfer_queue.errors import DecodeError
 from transfer_queue.messages import Fetch, Fetched, Int64s
 from transfer_queue.storage.block import Block, Bytes, Directories
+from transfer_queue.storage.checksums import Suspect, verify
 from transfer_queue.storage.packing import in_order_of_appearance, slots_in_images
 from transfer_queue.wire.peer import AnyPeer
 
@@ -26,6 +27,7 @@ class Fetching:
     block_ids: Int64s
     wanted_slots: Int64s
     directories: Directories
+    verify: bool = False
     blocks: list[Block] = field(default_factory=list)
     which: list[Int64s] = field(default_factory=list)
     slots: list[Int64s] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Fetching:
             slots=self.wanted_slots[self.done :],
             fields=self.fields,
             max_bytes=FETCH_BYTES,
+            verify=self.verify,
         )
 
     def take(self, reply: Fetched) -> None:
@@ -58,6 +61,8 @@ class Fetching:
         for block_id, count in zip(ids.tolist(), reply.frames_of.tolist(), strict=True):
             image = _joined(reply.frames[at : at + count])
             self.blocks.append(self.directories.open_block(image, 0, block_id))
+            if self.verify:
+                verify([Suspect(self.blocks[-1])])
             at += count
         self.done += reply.rows
 

@@ -5,16 +5,19 @@ B rows of a meta
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from transfer_queue.client import columns, transfer
 from transfer_queue.client.answers import meta_of
 from transfer_queue.client.arguments import (
     DEFAULT_TIMEOUT_S,
     address,
+    lease_seconds,
     mapping_of,
     names_of,
     partition_name,
@@ -22,15 +25,12 @@ from transfer_queue.client.arguments import (
     whole_number,
 )
 from transfer_queue.client.core import ClientCore
+from transfer_queue.client.outcomes import concluded
 from transfer_queue.client.steps import Call, Operation
 from transfer_queue.client.writing import new_rows, put_rows
 from transfer_queue.errors import InvalidArgument, StaleSampleError, UnknownName
 from transfer_queue.messages import Draw, Drawn, ListPartitions, Locate, Location, Names
 from transfer_queue.metadata import BatchMeta
-
-if TYPE_CHECKING:
-    import torch
-    from tensordict import TensorDict
 
 _MODES = ("fetch", "insert", "force_fetch")
 
@@ -48,13 +48,17 @@ def get_meta(
     get_n_samples: bool = False,
     sampler_params: Mapping[str, Any] | None = None,
     timeout: float | None = None,
+    lease: float | None = None,
 ) -> Operation[BatchMeta]:
     """Draw `batch_size` samples that have all `data_fields` and that the task did not consume yet.
 
     Addressed by `partition_id` or `global_step` (an int in the third place is a step). The task's sampler chooses;
     `sampler_params` (or `sampling_config`) goes to it: `dp_rank`, `dp_size`, `dp_group_id` split one choice over ranks,
-    `sampler` names another sampler. With `get_n_samples` whole groups are drawn. The samples count as consumed by the
-    task when this returns.
+    `sampler` names another sampler. With `get_n_samples` whole groups are drawn.
+
+    Without `lease` the samples count as consumed by the task when this returns. With it they are held for so many
+    seconds: `ack` consumes them, `release` gives them back, `renew` keeps them for longer; at the end of the lease, or
+    when this process dies, they are handed out again. What is put with a leased meta is refused once the lease is over.
 
     mode      "fetch" as above; "force_fetch" all rows of the partition as they are, consuming nothing, with
               `production_status` per row; "insert" allocates `batch_size` new rows without data
@@ -65,6 +69,9 @@ def get_meta(
     partition, step = address(partition_id, global_step)
     timeout_s = timeout_seconds(timeout)
     fields = names_of("data_fields", data_fields)
+    lease_s = lease_seconds(lease)
+    if lease_s is not None and mode != "fetch":
+        raise InvalidArgument(f"mode {mode!r} takes no lease: only samples that a draw hands out are leased")
     if mode == "insert":
         inserted = yield from put_rows(core, new_rows(partition, step, batch_size), None, timeout_s)
         return _with_empty_fields(inserted, fields)
@@ -83,8 +90,10 @@ def get_meta(
         get_n_samples=bool(get_n_samples),
         sampler_params=mapping_of("sampling_config", sampling_config) | mapping_of("sampler_params", sampler_params),
         timeout_s=timeout_s,
+        lease_s=lease_s,
     )
-    return meta_of((yield Call(core.controller, draw, timeout_s)))
+    asked_s = time.monotonic()
+    return (yield from concluded(core.outcomes, lambda request_id: _drawn(core, draw, asked_s, request_id)))
 
 
 def get_data(
@@ -95,8 +104,10 @@ def get_data(
     copy: bool = True,
     *,
     layout: str | None = None,
+    allow_missing: bool = False,
+    verify: bool | None = None,
     timeout: float | None = None,
-) -> Operation[TensorDict]:
+) -> Operation[Any]:
     """Read the fields of the meta (or the named ones) into a `TensorDict` [B], rows in the order of the meta.
 
     The result is writable and shares memory with nothing, whatever `copy` says. With `copy=False`, fields whose rows
@@ -104,24 +115,29 @@ def get_data(
     reused before they are garbage-collected. `layout`: "as_put" (dense stays dense, ragged becomes jagged), "jagged"
     or "dense".
 
+    With `allow_missing` returns (data [n], mask): the n rows that have all the fields now, in order, and a bool tensor
+    [B] that says which of the rows of the meta those are.
+
+    With `verify` (None: if this client was made with `checksums`) the bytes are compared with the checksums that they
+    were written with: `DecodeError` names field and block that differ or have none.
+
     Raises `StaleSampleError` if rows were cleared, `UnknownName` or `InvalidArgument` for fields that do not exist or
     are not produced for all rows.
     """
     timeout_s = timeout_seconds(timeout)
     wanted = tuple(metadata.field_names) if fields is None else names_of("fields", fields)
-    if len(metadata) == 0 or not wanted:
-        return columns.empty()
-    locations = _known_locations(metadata, wanted)
-    if locations is None:
-        locations = yield from _locate(core, metadata, wanted, timeout_s)
-    try:
-        found = yield from transfer.load(core.transfer, locations, wanted, timeout_s, copy=copy)
-    except StaleSampleError:
-        # A block is gone: because the rows were cleared (asking again says so), or because a field was written anew.
-        locations = yield from _locate(core, metadata, wanted, timeout_s)
-        found = yield from transfer.load(core.transfer, locations, wanted, timeout_s, copy=copy)
-    data = columns.decode(found, len(metadata), layout=layout or core.layout, allow_pickle=core.allow_pickle)
-    return data if device is None else data.to(device)
+    mask = None
+    if allow_missing:
+        mask = yield from _produced(core, metadata, wanted, timeout_s)
+        metadata = metadata.select_samples(np.flatnonzero(mask))
+    if len(metadata) and wanted:
+        how = {"copy": copy, "verify": core.transfer.checksums if verify is None else verify}
+        found = yield from _load(core, metadata, wanted, timeout_s, how)
+        data = columns.decode(found, len(metadata), layout=layout or core.layout, allow_pickle=core.allow_pickle)
+    else:
+        data = columns.empty()
+    data = data if device is None else data.to(device)
+    return data if mask is None else (data, torch.from_numpy(mask))
 
 
 def kv_retrieve_meta(
@@ -179,17 +195,46 @@ def get_partition_list(core: ClientCore) -> Operation[list[str]]:
 # ---------------------------------------------------------------- inside
 
 
+def _drawn(core: ClientCore, draw: Draw, asked_s: float, request_id: int | None) -> Operation[BatchMeta]:
+    drawn: Drawn = yield Call(core.controller, draw, draw.timeout_s, request_id)
+    return meta_of(drawn, asked_s)
+
+
 def _locate(core: ClientCore, metadata: BatchMeta, fields: tuple[str, ...], timeout_s: float) -> Operation[Any]:
-    request = Locate(
+    drawn: Drawn = yield Call(core.controller, _rows_of(metadata, fields), timeout_s)
+    return drawn.locations
+
+
+def _rows_of(metadata: BatchMeta, fields: tuple[str, ...], allow_missing: bool = False) -> Locate:
+    return Locate(
         partition_id=None,
         global_step=None,
         indexes=metadata.indexes,
         generations=metadata.generations,
         keys=None,
         fields=fields,
+        allow_missing=allow_missing,
     )
-    drawn: Drawn = yield Call(core.controller, request, timeout_s)
-    return drawn.locations
+
+
+def _produced(core: ClientCore, metadata: BatchMeta, fields: tuple[str, ...], timeout_s: float) -> Operation[Any]:
+    """Which rows have all these fields now, [B] bool."""
+    drawn: Drawn = yield Call(core.controller, _rows_of(metadata, fields, allow_missing=True), timeout_s)
+    return np.ones(len(metadata), np.bool_) if drawn.produced is None else drawn.produced.astype(np.bool_)
+
+
+def _load(
+    core: ClientCore, metadata: BatchMeta, fields: tuple[str, ...], timeout_s: float, how: dict[str, bool]
+) -> Operation[Any]:
+    locations = _known_locations(metadata, fields)
+    if locations is None:
+        locations = yield from _locate(core, metadata, fields, timeout_s)
+    try:
+        return (yield from transfer.load(core.transfer, locations, fields, timeout_s, **how))
+    except StaleSampleError:
+        # A block is gone: because the rows were cleared (asking again says so), or because a field was written anew.
+        locations = yield from _locate(core, metadata, fields, timeout_s)
+        return (yield from transfer.load(core.transfer, locations, fields, timeout_s, **how))
 
 
 def _known_locations(metadata: BatchMeta, fields: tuple[str, ...]) -> tuple[Location, ...] | None:

@@ -6,6 +6,7 @@ An operation is a generator: it yields a step and receives its result, or the er
     yield Call(peer, request, timeout_s)        -> the reply
     yield [Call(...), Call(...)]                -> the list of replies; all are in flight at once. If one fails, the
                                                    others are still awaited, then the first error is raised
+    yield Calls([Call(...), ...], take)         -> the same, and `take` gets each reply, also if others fail
     yield Notify(peer, request)                 -> None, at once
     yield Compute(function, size_bytes)         -> function(); off the event loop if it moves many bytes
     yield Wait(future, timeout_s)               -> whether the future, which another operation ends, is done by then
@@ -13,7 +14,7 @@ An operation is a generator: it yields a step and receives its result, or the er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -27,11 +28,23 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`timeout_s` is what the request itself may wait for; the driver allows some seconds more for the way."""
+    """`timeout_s` is what the request itself may wait for; the driver allows some seconds more for the way.
+
+    `request_id`: of an earlier request whose outcome is open; the reply is that outcome.
+    """
 
     peer: AnyPeer
     request: Request
     timeout_s: float
+    request_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Calls whose replies must not get lost: `take(number of the call, reply)` is called for each one that came."""
+
+    calls: Sequence[Call]
+    take: Callable[[int, Any], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +69,5 @@ class Wait:
     timeout_s: float
 
 
-Step: TypeAlias = Call | Notify | Compute[Any] | Wait
+Step: TypeAlias = Call | Calls | Notify | Compute[Any] | Wait
 Operation: TypeAlias = Generator[Step | list[Call], Any, R]

@@ -1,7 +1,7 @@
-"""Moving columns between this process and the storage units.
+"""Between this process and the storage units: what a client keeps for it, and reading.
 
-On the same host the bytes are copied straight into and out of the arenas; elsewhere they travel in frames of at
-most 8 MiB. `store` and `load` are operations: they say what to ask whom, a driver does it.
+On the same host the bytes are copied straight out of the arenas; elsewhere they travel in frames of at most 8 MiB.
+`load`, like `storing.store`, is an operation: it says what to ask whom, a driver does it.
 
 B rows of a request
 """
@@ -9,7 +9,7 @@ B rows of a request
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,46 +17,18 @@ from transfer_queue.client.arenas import ArenaMaps, Hold, Releaser, private_view
 from transfer_queue.client.buffers import DEFAULT_IDLE_BYTES, BufferPool
 from transfer_queue.client.fetching import Fetching
 from transfer_queue.client.results import copied
-from transfer_queue.client.steps import Call, Compute, Notify, Operation, Wait
-from transfer_queue.client.units import SHARED_SPAN_BYTES, Connect, KnownUnits, Place, UnitHandle, span_memory
-from transfer_queue.errors import CapacityExceeded, ConnectionLost, StaleSampleError
-from transfer_queue.messages import (
-    UNIT_SHIFT,
-    AbortBlocks,
-    Int64s,
-    ListUnits,
-    Location,
-    Pin,
-    Pinned,
-    Reserve,
-    Reserved,
-    ReturnSpan,
-    Units,
-    Unpin,
-    Write,
-)
-from transfer_queue.storage.block import (
-    SEALED,
-    WRITING,
-    Block,
-    BlockPlan,
-    Bytes,
-    Directories,
-    EncodedColumn,
-    carve,
-    fill_block,
-    image_parts,
-    plan_block,
-)
+from transfer_queue.client.steps import Call, Calls, Compute, Notify, Operation
+from transfer_queue.client.units import Connect, KnownUnits, UnitHandle
+from transfer_queue.errors import ConnectionLost, StaleSampleError
+from transfer_queue.messages import UNIT_SHIFT, Int64s, ListUnits, Location, Pin, Pinned, Units, Unpin
+from transfer_queue.storage.block import Block, Bytes, Directories
+from transfer_queue.storage.checksums import suspects_at
+from transfer_queue.storage.checksums import verify as check
 from transfer_queue.storage.gather import GatheredColumn, Pick, RowSet, gathered, pick
-from transfer_queue.storage.packing import MAX_FRAME_BYTES
 from transfer_queue.wire.holders import process_id
 from transfer_queue.wire.peer import AnyPeer
 
-WRITES_IN_FLIGHT = 4
-
 _REFRESH_S = 30.0
-_SPAN_WAIT_S = 0.1
 
 
 class Transfer:
@@ -64,6 +36,7 @@ class Transfer:
 
     connect     opens a connection to a unit; the flag tells whether the unit is on this host
     transport   "auto", or "tcp" to treat units of this host as remote
+    checksums   whether the blocks of this client are to have checksums, which `load` can verify
     """
 
     def __init__(
@@ -72,15 +45,23 @@ class Transfer:
         connect: Connect,
         *,
         transport: str = "auto",
+        checksums: bool = False,
         max_idle_bytes: int = DEFAULT_IDLE_BYTES,
     ) -> None:
         self.controller = controller
         self.units = KnownUnits(connect, transport)
+        self.checksums = checksums
         self.maps = ArenaMaps()
         self.pool = BufferPool(max_idle_bytes)
         self.directories = Directories()
         self.releaser = Releaser()
         self.refresh_at = 0.0
+        self.admit_from_bytes: int | None = None
+
+    @property
+    def stale(self) -> bool:
+        """What the controller said last may have changed: `refresh`."""
+        return time.monotonic() >= self.refresh_at
 
     def __repr__(self) -> str:
         return f"<Transfer: {self.units!r}, {self.maps!r}, {self.pool!r}>"
@@ -93,168 +74,43 @@ class Transfer:
         self.pool.clear()
 
 
-# ---------------------------------------------------------------- store
-
-
-def store(
-    transfer: Transfer, columns: Sequence[EncodedColumn], rows: int, timeout_s: float
-) -> Operation[tuple[AnyPeer, int]]:
-    """Write a block at the unit that suits best; return (peer of the unit, block id).
-
-    The block is complete but nobody knows it yet: commit it at the controller, or send `AbortBlocks` to the peer.
-    Waits for space until the timeout and then raises `CapacityExceeded`; an operation that raised left no block.
-    """
-    plan = plan_block(columns, rows)
-    unit = yield from _unit_for_put(transfer, timeout_s)
-    unit.sent_bytes += plan.size_bytes
-    try:
-        if not unit.local:
-            return unit.peer, (yield from _send(unit, plan, timeout_s))
-        place = None
-        if plan.size_bytes <= SHARED_SPAN_BYTES:
-            place = yield from _share(transfer, unit, plan)
-        if place is not None:
-            yield from _fill(unit, plan, place)
-            return unit.peer, place.block_id
-        return unit.peer, (yield from _store_alone(transfer, unit, plan, timeout_s))
-    except ConnectionLost:
-        transfer.units.forget(unit)
-        transfer.refresh_at = 0.0
-        raise
-
-
-def _unit_for_put(transfer: Transfer, timeout_s: float) -> Operation[UnitHandle]:
-    unit = transfer.units.best()
-    if unit is None or time.monotonic() >= transfer.refresh_at:
-        yield from _refresh(transfer, timeout_s)
-        unit = transfer.units.best()
-    if unit is None:
-        raise ConnectionLost("the controller knows no storage unit; start one, or wait until it has announced itself")
-    return unit
-
-
-def _refresh(transfer: Transfer, timeout_s: float) -> Operation[None]:
+def refresh(transfer: Transfer, timeout_s: float) -> Operation[None]:
+    """Ask the controller which units there are, and how it wants them used."""
     reply: Units = yield Call(transfer.controller, ListUnits(timeout_s=timeout_s), timeout_s)
     transfer.units.update(reply.units)
+    transfer.admit_from_bytes = reply.admit_from_bytes
     transfer.refresh_at = time.monotonic() + _REFRESH_S
 
 
-def _share(transfer: Transfer, unit: UnitHandle, plan: BlockPlan) -> Operation[Place | None]:
-    """Claim a place in the span of the small puts; None if the unit has no room for such a span now, or the next one
-    was filled by others at once.
-
-    One of many concurrent puts asks for the next span, the others wait for it.
-    """
-    late = None
-    while (place := unit.span.carve(plan)) is None:
-        asked = unit.span.ask(late)
-        if asked is None:
-            break
-        late = None if (yield Wait(asked, _SPAN_WAIT_S)) else asked
-    if place is not None:
-        return place
-    try:
-        place = unit.span.carve(plan)  # the next span may have come just before it was our turn to ask
-        if place is not None:
-            return place
-        span: Reserved = yield Call(unit.peer, _reserve(unit.span.next_bytes, 0.0), 0.0)
-        old = unit.span.replace(span, span_memory(transfer.maps, span))
-    except CapacityExceeded:
-        unit.span.refused()
-        return None
-    finally:
-        unit.span.answered()
-    place = unit.span.carve(plan)
-    if old is not None:
-        yield Notify(unit.peer, ReturnSpan(span=old))
-    return place
-
-
-def _store_alone(transfer: Transfer, unit: UnitHandle, plan: BlockPlan, timeout_s: float) -> Operation[int]:
-    """Write into a span of exactly the right size."""
-    span: Reserved = yield Call(unit.peer, _reserve(plan.size_bytes, timeout_s), timeout_s)
-    try:
-        place = Place(span.first_block, span_memory(transfer.maps, span)[: plan.size_bytes])
-        carve(plan, place.memory, place.block_id)
-    finally:
-        yield Notify(unit.peer, ReturnSpan(span=span.span))
-    yield from _fill(unit, plan, place)
-    return place.block_id
-
-
-def _fill(unit: UnitHandle, plan: BlockPlan, place: Place) -> Operation[None]:
-    try:
-        yield Compute(lambda: fill_block(plan, place.memory), plan.size_bytes)
-    except BaseException:
-        yield Notify(unit.peer, _abort(place.block_id))
-        raise
-
-
-def _send(unit: UnitHandle, plan: BlockPlan, timeout_s: float) -> Operation[int]:
-    """Write over the network, some messages at a time; the header says that the block is complete only at the end."""
-    span: Reserved = yield Call(unit.peer, _reserve(plan.size_bytes, timeout_s), timeout_s)
-    try:
-        at_once = plan.size_bytes <= MAX_FRAME_BYTES
-        parts = image_parts(plan, span.first_block, SEALED if at_once else WRITING)
-        calls = [Call(unit.peer, write, timeout_s) for write in _write_messages(span.span, parts)]
-        for first in range(0, len(calls), WRITES_IN_FLIGHT):
-            yield calls[first : first + WRITES_IN_FLIGHT]
-        if not at_once:
-            sealed = plan.header(span.first_block, SEALED)
-            yield Call(unit.peer, Write(span=span.span, offset=0, frames=(sealed,)), timeout_s)
-    except BaseException:
-        yield Notify(unit.peer, ReturnSpan(span=span.span))
-        yield Notify(unit.peer, _abort(span.first_block))
-        raise
-    yield Notify(unit.peer, ReturnSpan(span=span.span))
-    return span.first_block
-
-
-def _write_messages(span: int, parts: Sequence[Bytes]) -> Iterator[Write]:
-    """Cut buffers that follow each other into messages of at most 8 MiB."""
-    frames: list[memoryview] = []
-    start = size = 0
-    for part in parts:
-        at = 0
-        while at < part.nbytes:
-            piece = part[at : at + MAX_FRAME_BYTES - size]
-            frames.append(piece.data)
-            at, size = at + piece.nbytes, size + piece.nbytes
-            if size == MAX_FRAME_BYTES:
-                yield Write(span=span, offset=start, frames=tuple(frames))
-                frames, start, size = [], start + size, 0
-    if frames:
-        yield Write(span=span, offset=start, frames=tuple(frames))
-
-
-def _reserve(size_bytes: int, timeout_s: float) -> Reserve:
-    return Reserve(size_bytes=size_bytes, holder=process_id(), timeout_s=timeout_s)
-
-
-def _abort(block_id: int) -> AbortBlocks:
-    return AbortBlocks(blocks=np.array([block_id], np.int64))
-
-
-# ---------------------------------------------------------------- load
-
-
 def load(
-    transfer: Transfer, locations: Sequence[Location], fields: Sequence[str], timeout_s: float, *, copy: bool = True
+    transfer: Transfer,
+    locations: Sequence[Location],
+    fields: Sequence[str],
+    timeout_s: float,
+    *,
+    copy: bool = True,
+    verify: bool = False,
 ) -> Operation[dict[str, list[GatheredColumn]]]:
     """Read fields of B rows, in the order of the locations; every one of `fields` must be in one of them.
 
     Values are copied into pooled buffers. With `copy=False`, columns whose rows lie in one piece on this host are
     private copy-on-write views; their blocks stay pinned until the last of these views is garbage-collected. Raises
-    `StaleSampleError` if blocks or rows are not stored any more.
+    `StaleSampleError` if blocks or rows are not stored any more. With `verify`, raises `DecodeError` with block and
+    field if the bytes of any of these rows are not those that were written, or have no checksums.
     """
     pins: list[tuple[UnitHandle, Pinned]] = []
     views: list[Hold] = []
     try:
-        units = yield from _units(transfer, locations, timeout_s)
+        blocks = np.concatenate([location.blocks for location in locations])
+        units = yield from units_of(transfer, blocks, timeout_s)
         local = yield from _pin_local(transfer, [unit for unit in units if unit.local], locations, pins, timeout_s)
         remote = [unit for unit in units if not unit.local]
-        fetches = [[_fetching(transfer, unit, location, fields) for unit in remote] for location in locations]
+        fetches = [[_fetching(transfer, unit, location, fields, verify) for unit in remote] for location in locations]
         yield from _fetch_all([one for some in fetches for one in some], timeout_s)
+        if verify:
+            freed = [pinned for _, pinned in pins]
+            suspects = [one for location in locations for one in suspects_at(location, fields, local, freed)]
+            yield Compute(lambda: check(suspects), sum(suspect.block.head.size_bytes for suspect in suspects))
         picks: dict[str, list[Pick]] = {}
         for location, fetched in zip(locations, fetches, strict=True):
             rows = _row_set(location, local, fetched)
@@ -280,11 +136,11 @@ def _unpinning(pins: Sequence[tuple[UnitHandle, Pinned]]) -> Callable[[], None]:
     return unpin
 
 
-def _units(transfer: Transfer, locations: Sequence[Location], timeout_s: float) -> Operation[list[UnitHandle]]:
-    """Return the units where the rows lie."""
-    numbers = np.unique(np.concatenate([location.blocks for location in locations]) >> UNIT_SHIFT).tolist()
+def units_of(transfer: Transfer, blocks: Int64s, timeout_s: float) -> Operation[list[UnitHandle]]:
+    """Return the units where these blocks lie."""
+    numbers = np.unique(blocks >> UNIT_SHIFT).tolist()
     if any(transfer.units.get(number) is None for number in numbers):
-        yield from _refresh(transfer, timeout_s)
+        yield from refresh(transfer, timeout_s)
     units = {number: transfer.units.get(number) for number in numbers}
     unknown = [number for number, unit in units.items() if unit is None]
     if unknown:
@@ -301,14 +157,15 @@ def _pin_local(
     pins: list[tuple[UnitHandle, Pinned]],
     timeout_s: float,
 ) -> Operation[dict[int, Block]]:
-    """Pin all blocks at these units and open them. One unit after the other: if one fails, `pins` has those before."""
+    """Pin all blocks at these units, all units at once, and open them. If one fails, `pins` has what the others did."""
+    blocks = [_blocks_at(locations, unit.info.number) for unit in units]
+    asked = zip(units, blocks, strict=True)
+    calls = [Call(unit.peer, Pin(blocks=ids, holder=process_id()), timeout_s) for unit, ids in asked]
+    replies: list[Pinned] = yield Calls(calls, lambda number, pinned: pins.append((units[number], pinned)))
     opened: dict[int, Block] = {}
-    for unit in units:
-        blocks = _blocks_at(locations, unit.info.number)
-        pinned: Pinned = yield Call(unit.peer, Pin(blocks=blocks, holder=process_id()), timeout_s)
-        pins.append((unit, pinned))
+    for ids, pinned in zip(blocks, replies, strict=True):
         _refuse_cleared(locations, pinned)
-        opened.update(_mapped(transfer, blocks, pinned))
+        opened.update(_mapped(transfer, ids, pinned))
     return opened
 
 
@@ -337,11 +194,14 @@ def _mapped(transfer: Transfer, blocks: Int64s, pinned: Pinned) -> dict[int, Blo
     return {block: transfer.directories.open_block(memories[arena], offset, block) for block, arena, offset in places}
 
 
-def _fetching(transfer: Transfer, unit: UnitHandle, location: Location, fields: Sequence[str]) -> Fetching:
+def _fetching(
+    transfer: Transfer, unit: UnitHandle, location: Location, fields: Sequence[str], verify: bool
+) -> Fetching:
     rows = np.flatnonzero(location.blocks >> UNIT_SHIFT == unit.info.number)
     rows = rows[np.lexsort((location.slots[rows], location.blocks[rows]))]  # rows that share a value come together
     names = tuple(name for name in location.fields if name in fields)
-    return Fetching(unit.peer, names, rows, location.blocks[rows], location.slots[rows], transfer.directories)
+    ids, slots = location.blocks[rows], location.slots[rows]
+    return Fetching(unit.peer, names, rows, ids, slots, transfer.directories, verify)
 
 
 def _fetch_all(fetches: Sequence[Fetching], timeout_s: float) -> Operation[None]:

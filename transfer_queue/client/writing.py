@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from transfer_queue.client import columns, transfer
+from transfer_queue.client import columns
 from transfer_queue.client.answers import fields_of, locations_of, meta_of
 from transfer_queue.client.arguments import (
-    DEFAULT_TIMEOUT_S,
     Tags,
     address,
     agreed_rows,
@@ -22,31 +23,41 @@ from transfer_queue.client.arguments import (
     timeout_seconds,
     whole_number,
 )
-from transfer_queue.client.core import ClientCore
+from transfer_queue.client.core import ClientCore, changed
+from transfer_queue.client.outcomes import concluded
 from transfer_queue.client.sharing import Sharing
 from transfer_queue.client.steps import Call, Notify, Operation
+from transfer_queue.client.storing import store
+from transfer_queue.client.transfer import refresh
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded, InvalidArgument, TransferQueueError
 from transfer_queue.messages import (
     AbortBlocks,
     AbortGroup,
+    Admit,
+    Admitted,
     Clear,
-    ColumnSpec,
-    Done,
     Drawn,
+    Int64s,
     Location,
     Put,
     PutDone,
     ResetConsumption,
     SealGroup,
     SetTags,
+    Settle,
+    Settled,
+    Withdraw,
 )
 from transfer_queue.metadata import BatchMeta
-from transfer_queue.storage.block import EncodedColumn
+from transfer_queue.storage.block import EncodedColumn, plan_block
+from transfer_queue.wire.peer import AnyPeer
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
 Data: TypeAlias = "TensorDict | Mapping[str, Any]"
+
+_SETTLE_S = 1.0
 
 
 def put(
@@ -74,6 +85,9 @@ def put(
     `shared_fields` have one value for all rows of a group in this put: it is stored once. They may come with an entry
     per row, of which that of the group's first row is stored, or with an entry per group, in the order in which the
     groups first appear. With `metadata` the groups are those that it knows of its rows.
+
+    With a leased `metadata` the put is refused with `LeaseExpired` once the lease is over: whoever draws the samples
+    then writes them.
 
     Raises, with nothing visible: `StaleSampleError` if rows of `metadata` were cleared, `CapacityExceeded` if there is
     no room until the timeout, `InvalidArgument` for rows that disagree in length or a changed dtype, shared fields
@@ -106,18 +120,16 @@ def put(
 
 def set_custom_meta(core: ClientCore, metadata: BatchMeta) -> Operation[None]:
     """Merge the tag entries changed in this meta into the rows."""
-    changed = tags_of(metadata.changed_tags())
-    if changed is not None:
-        request = SetTags(indexes=metadata.indexes, generations=metadata.generations, tags=changed)
-        yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
+    tags = tags_of(metadata.changed_tags())
+    if tags is not None:
+        request = SetTags(indexes=metadata.indexes, generations=metadata.generations, tags=tags)
+        yield from changed(core, request)
         metadata.mark_tags_sent()
 
 
 def seal_group(core: ClientCore, group_id: int | str, partition_id: str | int) -> Operation[None]:
     """The group gets no more rows: it is complete with those it has."""
-    yield Call(
-        core.controller, SealGroup(partition_id=partition_name(partition_id), group_id=group_id), DEFAULT_TIMEOUT_S
-    )
+    yield from changed(core, SealGroup(partition_id=partition_name(partition_id), group_id=group_id))
 
 
 def abort_group(
@@ -125,8 +137,7 @@ def abort_group(
 ) -> Operation[int]:
     """Drop all rows of the group, accounted under `reason`; later rows for it are refused. Returns their number."""
     request = AbortGroup(partition_id=partition_name(partition_id), group_id=group_id, reason=reason)
-    done: Done = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
-    return done.count
+    return (yield from changed(core, request))
 
 
 def clear(core: ClientCore, global_step: int) -> Operation[int]:
@@ -144,15 +155,13 @@ def clear_samples(core: ClientCore, metadata: BatchMeta) -> Operation[int]:
     if len(metadata) == 0:
         return 0
     request = Clear(partition_id=None, global_step=None, indexes=metadata.indexes, generations=metadata.generations)
-    done: Done = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
-    return done.count
+    return (yield from changed(core, request))
 
 
 def reset_consumption(core: ClientCore, partition_id: str | int, task_name: str | None = None) -> Operation[bool]:
     """Give back what the task (None: every task) consumed or reserved in the partition; data stays."""
     partition, step = address(partition_id, None)
-    request = ResetConsumption(partition_id=partition, global_step=step, task_name=task_name)
-    yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
+    yield from changed(core, ResetConsumption(partition_id=partition, global_step=step, task_name=task_name))
     return True
 
 
@@ -197,45 +206,97 @@ def put_rows(
     metadata: BatchMeta | None = None,
 ) -> Operation[BatchMeta]:
     """Store the columns, then commit; a put that raised leaves no space behind."""
-    count = request["num_rows"]
     specs = tuple(column.spec for column in encoded or ())
-    block, unit = 0, None
+    deadline = time.monotonic() + timeout_s
+    rest: dict[str, Any] = {"block_id": 0}
+    unit = None
     if encoded:
-        unit, block = yield from transfer.store(core.transfer, encoded, count, timeout_s)
-    message = Put(**request, block_id=block, columns=specs, timeout_s=timeout_s)
+        plan = plan_block(encoded, request["num_rows"], checked=core.transfer.checksums)
+        admission = yield from _admission(core, request, plan.size_bytes, timeout_s)
+        try:
+            unit, block = yield from store(core.transfer, plan, _left_s(deadline))
+        except BaseException:
+            if admission is not None:
+                yield Notify(core.controller, Withdraw(admission=admission))
+            raise
+        rest = {"block_id": block, "size_bytes": plan.size_bytes, "admission": admission}
+    message = Put(**request, **rest, columns=specs, timeout_s=_left_s(deadline))
+    return (yield from concluded(core.outcomes, lambda request_id: _commit(core, message, unit, metadata, request_id)))
+
+
+def _admission(core: ClientCore, request: dict[str, Any], size_bytes: int, timeout_s: float) -> Operation[int | None]:
+    """Wait until there is room under the limits for large new rows, before they take up memory."""
+    if core.transfer.stale:
+        yield from refresh(core.transfer, timeout_s)
+    least = core.transfer.admit_from_bytes
+    if least is None or size_bytes <= least or request["indexes"] is not None:
+        return None
+    ask = Admit(
+        partition_id=request["partition_id"],
+        global_step=request["global_step"],
+        num_rows=request["num_rows"],
+        size_bytes=size_bytes,
+        timeout_s=timeout_s,
+        keys=request["keys"],
+    )
+    admitted: Admitted = yield Call(core.controller, ask, timeout_s)
+    return admitted.admission
+
+
+def _left_s(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.0)
+
+
+def _commit(
+    core: ClientCore, message: Put, unit: AnyPeer | None, metadata: BatchMeta | None, request_id: int | None
+) -> Operation[BatchMeta]:
+    block = np.array([message.block_id], dtype=np.int64)
     try:
-        done: PutDone = yield Call(core.controller, message, timeout_s)
+        done: PutDone = yield Call(core.controller, message, message.timeout_s, request_id)
     except (ConnectionLost, DeadlineExceeded):
         raise  # it may have been applied: the block stays until that is settled
     except TransferQueueError:
         if unit is not None:
-            yield Notify(unit, AbortBlocks(blocks=np.array([block], dtype=np.int64)))
+            yield Notify(unit, AbortBlocks(blocks=block))
+        if message.admission is not None:
+            yield Notify(core.controller, Withdraw(admission=message.admission))
         raise
-    names = tuple(spec.name for spec in specs)
-    written = Location(fields=names, blocks=np.full(count, block, np.int64), slots=np.arange(count, dtype=np.int64))
+    except BaseException:  # interrupted: it may have been applied
+        if unit is not None:
+            yield from _settle(core, unit, block)
+        raise
+    count, names = message.num_rows, tuple(spec.name for spec in message.columns)
+    blocks = np.full(count, message.block_id, np.int64)
+    written = Location(fields=names, blocks=blocks, slots=np.arange(count, dtype=np.int64))
     locations = (written,) if names else ()
     if metadata is None:
-        return _handle(request, done, specs, locations)
+        return _handle(message, done, locations)
     metadata.mark_tags_sent()
-    metadata.add_columns(fields_of(specs), locations_of(locations), done.generations)
+    metadata.add_columns(fields_of(message.columns), locations_of(locations), done.generations)
     return metadata
 
 
-def _handle(
-    request: dict[str, Any], done: PutDone, specs: tuple[ColumnSpec, ...], locations: tuple[Location, ...]
-) -> BatchMeta:
+def _settle(core: ClientCore, unit: AnyPeer, block: Int64s) -> Operation[None]:
+    """Give the block up unless its put was applied; the controller refuses it from now on."""
+    with contextlib.suppress(TransferQueueError):  # the interrupt is what the caller is to see
+        settled: Settled = yield Call(core.controller, Settle(blocks=block), _SETTLE_S)
+        if not settled.committed.any():
+            yield Notify(unit, AbortBlocks(blocks=block))
+
+
+def _handle(message: Put, done: PutDone, locations: tuple[Location, ...]) -> BatchMeta:
     """The put rows, as a draw of them would describe them."""
     drawn = Drawn(
         partition_id=done.partition_id,
         indexes=done.indexes,
         generations=done.generations,
-        fields=tuple(spec.name for spec in specs),
-        columns=specs,
+        fields=tuple(spec.name for spec in message.columns),
+        columns=message.columns,
         locations=locations,
         produced=None,
-        keys=request["keys"],
-        tags=request["tags"],
-        group_ids=request["group_ids"],
+        keys=message.keys,
+        tags=message.tags,
+        group_ids=message.group_ids,
         extra_info={},
     )
     return meta_of(drawn)
@@ -252,15 +313,20 @@ def new_rows(partition: str | None, step: int | None, count: Any) -> dict[str, A
         "tags": None,
         "group_ids": None,
         "group_size": None,
+        "lease_token": None,
     }
 
 
 def same_rows(metadata: BatchMeta) -> dict[str, Any]:
     rows = new_rows(None, None, len(metadata))
-    return rows | {"indexes": metadata.indexes, "generations": metadata.generations}
+    if metadata.is_leased and metadata.lease_token is None:
+        raise InvalidArgument(
+            "metadata has rows of several leases, or with and without one, which end apart: put the rows of each "
+            "lease by themselves (metadata.rows_by_lease() tells them)"
+        )
+    named = {"indexes": metadata.indexes, "generations": metadata.generations, "lease_token": metadata.lease_token}
+    return rows | named
 
 
 def _clear(core: ClientCore, partition: str | None, step: int | None) -> Operation[int]:
-    request = Clear(partition_id=partition, global_step=step, indexes=None, generations=None)
-    done: Done = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
-    return done.count
+    return (yield from changed(core, Clear(partition_id=partition, global_step=step, indexes=None, generations=None)))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from transfer_queue.controller.units import UnitBook
 from transfer_queue.errors import CapacityExceeded, DecodeError, JournalDamaged, TransferQueueError
 from transfer_queue.journal import Journal, Recovered
@@ -145,7 +147,7 @@ class Keeper:
                 consumed=record.consumed,
                 check=record.check,
                 split=None if record.split is None else dataclasses.asdict(record.split),
-                bounds=None if record.bounds is None else list(record.bounds),
+                bounds=None if record.bounds is None else np.array(record.bounds, np.int64),
                 sampler_state=record.sampler_state,
             )
         )
@@ -261,7 +263,7 @@ def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable
                 recorded.consumed,
                 recorded.check,
                 split,
-                recorded.bounds,
+                None if recorded.bounds is None else recorded.bounds.tolist(),
                 recorded.sampler_state,
             )
             reply = replay(ledger, record)

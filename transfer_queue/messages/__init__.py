@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from transfer_queue.messages import journal as journal  # declares types that are stored and never sent
 from transfer_queue.messages.base import (
     ANY_GENERATION,
     MESSAGE_TYPES,

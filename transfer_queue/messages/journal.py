@@ -23,7 +23,7 @@ class Recorded:
     consumed: Int64s | None  # draw: what the sampler marks consumed, where that is not `rows`
     check: int  # sum of the generations of `rows`
     split: dict[str, Any] | None  # draw of a data-parallel rank: which, of how many, in which group
-    bounds: Any  # where the slices begin, if the draw fixed them: a list of int
+    bounds: Int64s | None  # where the slices begin, if the draw fixed them
     sampler_state: dict[str, Any] | None  # of a sampler that keeps state, after the draw
 
 

@@ -25,6 +25,8 @@ from transfer_queue.metadata import extra_info as extras
 from transfer_queue.metadata import locations as places
 from transfer_queue.metadata.columns import Coded, Int64s
 from transfer_queue.metadata.custom_meta import HasCustomMeta
+from transfer_queue.metadata.leased import HasLeases
+from transfer_queue.metadata.leases import Leases
 from transfer_queue.metadata.locations import FieldLocation, Locations
 from transfer_queue.metadata.rows import Sample, Samples, table_of
 from transfer_queue.metadata.schema import (
@@ -40,14 +42,13 @@ from transfer_queue.metadata.tags import Tags
 from transfer_queue.metadata.values import same_value
 
 
-class BatchMeta(HasCustomMeta, extras.HasExtraInfo):
+class BatchMeta(HasCustomMeta, HasLeases, extras.HasExtraInfo):
     """B samples × their fields. Everything is optional; given containers are copied; attributes are assignable.
 
     production_status  int8 [B], writable: all fields of the row are produced; zeros if not given
     custom_meta        one tag (dict) per row; entries changed here are what the next put or `set_custom_meta` sends
     field_schema       {field: {dtype, shape, is_nested, is_non_tensor[, per_sample_shapes]}}, shapes of rows
     samples            rows of other metas, instead of the arguments that describe rows
-    lease_token, lease_deadline_s   of the draw that made this meta, if it is leased
     """
 
     def __init__(
@@ -116,8 +117,7 @@ class BatchMeta(HasCustomMeta, extras.HasExtraInfo):
             locations=tuple(locations),
             keys=None if keys is None else list(keys),
             group_ids=None if group_ids is None else list(group_ids),
-            lease_token=lease_token,
-            lease_deadline_s=lease_deadline_s,
+            leases=None if lease_token is None else Leases.of(lease_token, lease_deadline_s, size),
         )
         return cls._of(table, extras.checked(extra_info))
 
@@ -152,8 +152,7 @@ class BatchMeta(HasCustomMeta, extras.HasExtraInfo):
         table = self._table
         if not np.array_equal(indexes, table.indexes):
             table.indexes, table.generations = indexes, np.full(self.size, UNKNOWN_GENERATION, np.int64)
-            table.locations, table.keys, table.group_ids = (), None, None
-            table.lease_token, table.lease_deadline_s = None, None
+            table.locations, table.keys, table.group_ids, table.leases = (), None, None, None
 
     @property
     def partition_ids(self) -> list[str]:
@@ -193,14 +192,6 @@ class BatchMeta(HasCustomMeta, extras.HasExtraInfo):
     def backend_meta(self) -> list[Any] | None:
         """Per row what a storage backend noted about it; None if nothing was noted."""
         return None if self._table.backend_meta is None else list(self._table.backend_meta)
-
-    @property
-    def lease_token(self) -> int | None:
-        return self._table.lease_token
-
-    @property
-    def lease_deadline_s(self) -> float | None:
-        return self._table.lease_deadline_s
 
     @property
     def samples(self) -> Samples:
@@ -337,7 +328,7 @@ class BatchMeta(HasCustomMeta, extras.HasExtraInfo):
 
     @classmethod
     def concat(cls, data: Iterable[BatchMeta | None], validate: bool = True) -> BatchMeta:
-        """Put rows behind each other; empty metas and None are skipped. Rows of different leases cannot be joined.
+        """Put rows behind each other; empty metas and None are skipped.
 
         With `validate` all must have the same fields with the same dtypes, and agree where they share `extra_info`;
         without, the fields that all have are kept, as the first has them.
@@ -380,7 +371,8 @@ class BatchMeta(HasCustomMeta, extras.HasExtraInfo):
         if not self:
             return "<BatchMeta: empty>"
         shown = ", ".join(self.field_names) or "none"
-        leased = "" if self.lease_token is None else f", lease {self.lease_token}"
+        leases = self._table.leases
+        leased = "" if leases is None else f", lease {'+'.join(map(str, leases.tokens.first_rows()))}"
         ready = int((self._table.status == 1).sum())
         return f"<BatchMeta {'+'.join(self.partitions)}: {self.size} samples, {ready} ready, fields {shown}{leased}>"
 

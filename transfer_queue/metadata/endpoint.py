@@ -26,6 +26,7 @@ class ZMQServerInfo:
     token          the session's secret; whoever has it may read and write the queue, so it is not shown by `repr`
     local_address  unix://path, for clients that can read the file `nonce` in `folder` and find `nonce` in it
     session_id     one life of the queue; a restarted one has another
+    curve_key      public key of the server, where its TCP sockets are encrypted; "": they are not
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ZMQServerInfo:
         folder: str = "",
         nonce: str = "",
         session_id: str = "",
+        curve_key: str = "",
     ) -> None:
         self.role = _text("role", role.value if isinstance(role, Enum) else role)
         self.id = _text("id", id)
@@ -52,6 +54,7 @@ class ZMQServerInfo:
         self.folder = _text("folder", folder)
         self.nonce = _text("nonce", nonce)
         self.session_id = _text("session_id", session_id)
+        self.curve_key = _text("curve_key", curve_key)
 
     def to_addr(self, name: str) -> str:
         """Return "tcp://ip:port" of the socket of this name."""
@@ -73,6 +76,7 @@ class ZMQServerInfo:
             "folder": self.folder,
             "nonce": self.nonce,
             "session_id": self.session_id,
+            "curve_key": self.curve_key,
         }
 
     @classmethod

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer_queue.errors import InvalidArgument, StaleSampleError
+from transfer_queue.metadata import leases as holds
 from transfer_queue.metadata import locations as places
 from transfer_queue.metadata.columns import Coded, Int64s, Rows, pack, pick, unpack
+from transfer_queue.metadata.leases import Leases
 from transfer_queue.metadata.locations import Locations
 from transfer_queue.metadata.schema import FieldSchema
 from transfer_queue.metadata.tags import Tags
@@ -33,8 +35,7 @@ class Table:
     keys: list[str | None] | None = None  # [B]
     group_ids: list[int | str | None] | None = None  # [B]
     backend_meta: list[Any] | None = None  # [B]
-    lease_token: int | None = None
-    lease_deadline_s: float | None = None
+    leases: Leases | None = None
 
     def __len__(self) -> int:
         return len(self.indexes)
@@ -51,8 +52,7 @@ class Table:
             keys=None if self.keys is None else pick(self.keys, rows),
             group_ids=None if self.group_ids is None else pick(self.group_ids, rows),
             backend_meta=None if self.backend_meta is None else pick(self.backend_meta, rows),
-            lease_token=self.lease_token,
-            lease_deadline_s=self.lease_deadline_s,
+            leases=None if self.leases is None else self.leases.take(rows),
         )
 
     def only(self, names: set[str]) -> Table:
@@ -68,8 +68,6 @@ class Table:
         first, sizes = pieces[0], [len(piece) for piece in pieces]
         if validate:
             _check_fields_agree(pieces)
-        if any(piece.lease_token != first.lease_token for piece in pieces):
-            raise InvalidArgument("samples of different leases cannot be joined: acknowledge or release them first")
         fields = {
             name: FieldSchema.concat([piece.fields[name] for piece in pieces], sizes)
             for name in first.fields
@@ -87,8 +85,7 @@ class Table:
             keys=_join([piece.keys for piece in pieces], sizes),
             group_ids=_join([piece.group_ids for piece in pieces], sizes),
             backend_meta=_join([piece.backend_meta for piece in pieces], sizes),
-            lease_token=first.lease_token,
-            lease_deadline_s=min((p.lease_deadline_s for p in pieces if p.lease_deadline_s is not None), default=None),
+            leases=holds.concat([piece.leases for piece in pieces], sizes),
         )
 
     def merge(self, other: Table) -> None:
@@ -101,8 +98,7 @@ class Table:
         self.keys = _prefer(other.keys, self.keys)
         self.group_ids = _prefer(other.group_ids, self.group_ids)
         self.backend_meta = _prefer(other.backend_meta, self.backend_meta)
-        if other.lease_token is not None:
-            self.lease_token, self.lease_deadline_s = other.lease_token, other.lease_deadline_s
+        self.leases = self.leases if other.leases is None else other.leases
 
     def replace_fields(self, newer: Mapping[str, FieldSchema], locations: Locations) -> None:
         joined = {**self.fields, **newer}
@@ -141,16 +137,14 @@ class Table:
 
     def __getstate__(self) -> tuple[Any, ...]:
         status = pack(self.status.astype(np.int64))
-        rest = (self.fields, self.locations, self.keys, self.group_ids, self.backend_meta)
-        lease = (self.lease_token, self.lease_deadline_s)
-        return pack(self.indexes), pack(self.generations), self.partitions, status, self.tags, rest, lease
+        rest = (self.fields, self.locations, self.keys, self.group_ids, self.backend_meta, self.leases)
+        return pack(self.indexes), pack(self.generations), self.partitions, status, self.tags, rest
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        indexes, generations, self.partitions, status, self.tags, rest, lease = state
+        indexes, generations, self.partitions, status, self.tags, rest = state
         self.indexes, self.generations = unpack(indexes), unpack(generations)
         self.status = unpack(status).astype(np.int8)
-        self.fields, self.locations, self.keys, self.group_ids, self.backend_meta = rest
-        self.lease_token, self.lease_deadline_s = lease
+        self.fields, self.locations, self.keys, self.group_ids, self.backend_meta, self.leases = rest
 
 
 def _check_fields_agree(pieces: Sequence[Table]) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from transfer_queue.client.client import SocketConnector
 from transfer_queue.config import Settings
-from transfer_queue.errors import ConnectionLost
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import UnitInfo
-from transfer_queue.metadata import ZMQServerInfo
+from transfer_queue.runtime.endpoint import ENDPOINT_FILE, EndpointFile
 from transfer_queue.runtime.servers import ControllerServer, UnitServer
 from transfer_queue.wire.peer import AnyPeer
-
-ENDPOINT_FILE = "endpoint.json"
 
 
 class EmbeddedRuntime:
@@ -24,13 +20,8 @@ class EmbeddedRuntime:
     def __init__(self, settings: Settings) -> None:
         self._pid = os.getpid()
         self._transport = settings.transport
-        ledger = Ledger(
-            global_batch_size=settings.global_batch_size,
-            num_global_batch=settings.num_global_batch,
-            num_n_samples=settings.num_n_samples,
-            sampler=settings.sampler,
-        )
-        self._controller = ControllerServer(ledger, host=settings.host)
+        ledger = Ledger(sampler=settings.sampler, **settings.ledger)
+        self._controller = ControllerServer(ledger, host=settings.host, encrypt=settings.encrypt)
         self._units: list[UnitServer] = []
         self.info = self._controller.info
         try:
@@ -44,7 +35,9 @@ class EmbeddedRuntime:
                         arena_bytes=settings.arena_bytes,
                     )
                 )
-            self.address = self._write_endpoint()
+            file = EndpointFile(Path(self.info.folder) / ENDPOINT_FILE)
+            file.write(self.info)
+            self.address = str(file.path)
         except BaseException:
             self.close()
             raise
@@ -71,19 +64,3 @@ class EmbeddedRuntime:
             while self._units:
                 self._units.pop().close()
             self._controller.close()
-
-    def _write_endpoint(self) -> str:
-        path = Path(self.info.folder) / ENDPOINT_FILE
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(self.info.to_record(), file)
-        return str(path)
-
-
-def read_endpoint(address: str) -> ZMQServerInfo:
-    """Read the endpoint file of a running session."""
-    try:
-        return ZMQServerInfo.from_record(json.loads(Path(address).read_text()))
-    except (OSError, ValueError) as error:
-        raise ConnectionLost(
-            f"cannot attach: no endpoint file at {address!r} ({error}); is the process that started it still running?"
-        ) from error

@@ -1,25 +1,32 @@
 """Controller and storage units as Ray actors.
 
 The actor classes are `TransferQueueController` and `SimpleStorageUnit`. They reserve no CPU unless asked to with
-`.options(num_cpus=…)`, so that a queue starts on a machine of any size.
+`.options(num_cpus=…)`, so that a queue starts on a machine of any size. Ray starts them again when they die; they then
+find what they need in shared memory, so they have to stay on their node, and `init` binds them to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transfer_queue.config import Settings
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded
 from transfer_queue.ledger import Ledger
-from transfer_queue.messages import Clear, Done, GetExplanation, Report, UnitInfo
+from transfer_queue.messages import Clear, Done, GetExplanation, ProcessId, Report, UnitInfo
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime.servers import ControllerServer, UnitServer
 from transfer_queue.samplers.registry import SamplerLike
+from transfer_queue.wire.descriptors import raise_descriptor_limit
+from transfer_queue.wire.folder import remove_left, waiting_for_successors
+from transfer_queue.wire.holders import host_id, identify, process_id
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +35,11 @@ if TYPE_CHECKING:
 CONTROLLER_NAME = "TransferQueueController"
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
+_LOOK_AGAIN_S = 0.1
 
 
-class NameTaken(Exception):
-    """The session that was to be started is there."""
+class NameTaken(ConnectionLost):
+    """The session that was to be started is there, started by another process."""
 
 
 class ControllerActor:
@@ -41,7 +49,13 @@ class ControllerActor:
     num_global_batch    how many steps may be in the queue at once
     num_n_samples       responses per prompt; a step holds global_batch_size × num_n_samples samples
     sampler             of tasks without their own: instance, class, name or zero-argument callable
+    max_deliveries      how often a sample may be given back under leases; then it is quarantined
+    limits              how much is let in, by the names of `limits` in the configuration
     conf                configuration of the session, for processes that attach
+    journal             keep what is needed to start again after a kill; without it, give the actor `max_restarts=0`
+    journal_path        folder of the journal; None: in /dev/shm
+    encrypt             TCP with CURVE
+    starter             the process whose death ends the actor, if it is known and no other than Ray starts it again
     """
 
     def __init__(
@@ -50,16 +64,37 @@ class ControllerActor:
         num_global_batch: int = 1,
         num_n_samples: int = 1,
         sampler: SamplerLike | None = None,
+        max_deliveries: int | None = None,
+        limits: Mapping[str, int | None] | None = None,
         conf: Any = None,
+        journal: bool = True,
+        journal_path: str | None = None,
+        encrypt: bool = False,
+        starter: ProcessId | None = None,
     ) -> None:
         ledger = Ledger(
             global_batch_size=global_batch_size,
             num_global_batch=num_global_batch,
             num_n_samples=num_n_samples,
             sampler=sampler,
+            max_deliveries=max_deliveries,
+            limits=limits,
         )
-        session_id = ray.get_runtime_context().get_actor_id()
-        self._server = ControllerServer(ledger, host=_node_ip(), session_id=session_id)
+        _remove_finished()
+        raise_descriptor_limit()
+        context = ray.get_runtime_context()
+        actor_id = str(context.get_actor_id())
+        self._server = ControllerServer(
+            ledger,
+            host=_node_ip(),
+            session_id=actor_id,
+            key=actor_id,
+            supervisor=_supervisor(starter),
+            journal=journal,
+            journal_path=journal_path,
+            encrypt=encrypt,
+            successor=context.was_current_actor_reconstructed,
+        )
         self._conf = conf
         if conf is not None:
             conf.controller.zmq_info = self._server.info
@@ -139,6 +174,8 @@ class StorageUnitActor:
 
     capacity_bytes   of all its shared memory; `None`: half of what /dev/shm has free now
     arena_bytes      size of one shared-memory file
+    journal          keep what is needed to go on with the shared memory after a kill
+    starter          as for the controller
     """
 
     def __init__(
@@ -148,14 +185,22 @@ class StorageUnitActor:
         arena_bytes: int = 64 << 20,
         unit_id: str | None = None,
         transport: str = "auto",
+        journal: bool = True,
+        starter: ProcessId | None = None,
     ) -> None:
+        _remove_finished()
+        actor_id = str(ray.get_runtime_context().get_actor_id())
+        raise_descriptor_limit()
         self._server = UnitServer(
             controller_info,
-            unit_id=unit_id or str(ray.get_runtime_context().get_actor_id()),
+            unit_id=unit_id or actor_id,
+            key=actor_id,
+            supervisor=_supervisor(starter),
             host=_node_ip(),
             capacity_bytes=capacity_bytes,
             arena_bytes=arena_bytes,
             transport=transport,
+            journal=journal,
         )
 
     def get_info(self) -> UnitInfo:
@@ -166,8 +211,8 @@ class StorageUnitActor:
         self._server.close()
 
 
-TransferQueueController: Any = ray.remote(num_cpus=0)(ControllerActor)
-SimpleStorageUnit: Any = ray.remote(num_cpus=0)(StorageUnitActor)
+TransferQueueController: Any = ray.remote(num_cpus=0, max_restarts=-1)(ControllerActor)
+SimpleStorageUnit: Any = ray.remote(num_cpus=0, max_restarts=-1)(StorageUnitActor)
 
 
 class RayRuntime:
@@ -177,9 +222,12 @@ class RayRuntime:
         """Raises `NameTaken` if another process started the session first."""
         self._settings = settings
         self._owned: list[Any] = []
+        self._folders: list[str] = []
         try:
             self.controller = controller if controller is not None else self._start_controller(conf)
-            self.info: ZMQServerInfo = _get(self.controller.get_zmq_server_info.remote(), "the controller actor")
+            self.info: ZMQServerInfo = _get(self.controller.get_zmq_server_info.remote, "the controller actor")
+            if controller is None:
+                self._folders.append(self.info.folder)
             self._start_units()
         except BaseException:
             self.close()
@@ -187,14 +235,21 @@ class RayRuntime:
 
     def _start_controller(self, conf: DictConfig) -> Any:
         settings = self._settings
-        named = TransferQueueController.options(name=CONTROLLER_NAME, namespace=settings.namespace)
+        named = TransferQueueController.options(
+            name=CONTROLLER_NAME,
+            namespace=settings.namespace,
+            scheduling_strategy=_bound_to(ray.get_runtime_context().get_node_id()),
+            max_restarts=-1 if settings.journal_enabled else 0,
+        )
         try:
             actor = named.remote(
-                global_batch_size=settings.global_batch_size,
-                num_global_batch=settings.num_global_batch,
-                num_n_samples=settings.num_n_samples,
                 sampler=settings.sampler,
+                **settings.ledger,
                 conf=conf,
+                journal=settings.journal_enabled,
+                journal_path=settings.journal_path,
+                encrypt=settings.encrypt,
+                starter=process_id(),
             )
         except ValueError as error:
             raise NameTaken(f"namespace {settings.namespace!r} has a controller already") from error
@@ -206,26 +261,31 @@ class RayRuntime:
         nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
         units = []
         for number in range(self._settings.num_units or len(nodes)):
-            place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=False)
-            actor = SimpleStorageUnit.options(scheduling_strategy=place).remote(
+            place = _bound_to(nodes[number % len(nodes)])
+            actor = SimpleStorageUnit.options(scheduling_strategy=place, max_restarts=-1).remote(
                 controller_info=self.info,
                 capacity_bytes=self._settings.capacity_bytes,
                 arena_bytes=self._settings.arena_bytes,
                 transport=self._settings.transport,
+                journal=self._settings.journal_enabled,
+                starter=process_id(),
             )
             self._owned.append(actor)
             units.append(actor)
         for unit in units:
-            _get(unit.get_info.remote(), "a storage unit actor")
+            self._folders.append(_get(unit.get_info.remote, "a storage unit actor").folder)
 
     def close(self) -> None:
         """Stop the actors that this runtime started. May be called twice."""
         actors, self._owned = self._owned, []
-        if not ray.is_initialized():
-            return
-        ray.wait([actor.shutdown.remote() for actor in actors], num_returns=len(actors), timeout=_STOP_TIMEOUT_S)
-        for actor in actors:
-            ray.kill(actor)
+        folders, self._folders = self._folders, []
+        if ray.is_initialized():
+            stopping = [actor.shutdown.remote() for actor in actors]
+            ray.wait(stopping, num_returns=len(actors), timeout=_STOP_TIMEOUT_S)
+            for actor in actors:
+                ray.kill(actor, no_restart=True)
+        for folder in folders:  # of an actor that was dead just then, or being started again
+            remove_left(Path(folder), _STOP_TIMEOUT_S)
 
 
 def ensure_cluster() -> None:
@@ -234,25 +294,69 @@ def ensure_cluster() -> None:
         ray.init()
 
 
-def running(namespace: str) -> tuple[Any, ZMQServerInfo] | None:
-    """Configuration and endpoint of the session in this namespace, or None if there is none."""
+def running(namespace: str, timeout_s: float) -> tuple[Any, ZMQServerInfo] | None:
+    """Configuration and endpoint of the session in this namespace, or None if there is none.
+
+    Raises `ConnectionLost` if it ends meanwhile, `DeadlineExceeded` if it does not answer.
+    """
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=namespace)
     except ValueError:
         return None
     what = f"the actor {CONTROLLER_NAME!r} in namespace {namespace!r}"
-    return _get(controller.get_config.remote(), what), _get(controller.get_zmq_server_info.remote(), what)
+    return _get(controller.get_config.remote, what, timeout_s), _get(
+        controller.get_zmq_server_info.remote, what, timeout_s
+    )
 
 
-def _get(reference: Any, what: str) -> Any:
-    try:
-        return ray.get(reference, timeout=_START_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError as error:
-        raise DeadlineExceeded(
-            f"{what} did not start within {_START_TIMEOUT_S:.0f} s; `ray status` shows what the cluster has and lacks"
-        ) from error
-    except RayActorError as error:
-        raise ConnectionLost(f"{what} died while it started: {error}") from error
+def _get(ask: Callable[[], Any], what: str, timeout_s: float = _START_TIMEOUT_S) -> Any:
+    """Ask an actor, again if it is just being started again."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(ask(), timeout=max(0.0, deadline - time.monotonic()))
+        except ActorUnavailableError:
+            time.sleep(_LOOK_AGAIN_S)
+        except ray.exceptions.GetTimeoutError as error:
+            raise DeadlineExceeded(
+                f"{what} is there and did not answer within {timeout_s:g} s; "
+                "`ray status` shows what the cluster has and lacks"
+            ) from error
+        except RayActorError as error:
+            raise ConnectionLost(f"{what} died while it started: {error}") from error
+
+
+def _bound_to(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """On this node and no other, also when it is started again: its shared memory is of no use elsewhere."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+
+def _supervisor(starter: ProcessId | None) -> ProcessId | None:
+    """Return the process whose death means that this actor is not started again, as far as this host can see it.
+
+    Ray ends an actor with the process that made it. Where that is not known, it is the raylet, which is the parent.
+    """
+    if starter is not None and starter.host == host_id():
+        return starter
+    return identify(os.getppid())
+
+
+def _remove_finished() -> None:
+    """Remove what actors left that Ray will not start again: killed for good, or gone with a job that was.
+
+    While the raylet lives, their folders tell nothing of that, and their shared memory would stay taken.
+    """
+    waiting = waiting_for_successors()
+    if not waiting:
+        return
+    try:  # the public `ray.util.state` needs a dashboard, which few install
+        from ray._private.state import actors
+    except ImportError:
+        return
+    for actor_id, path in waiting.items():
+        known = actors(actor_id)
+        if known and known["State"] == "DEAD":
+            remove_left(path, 0.0)
 
 
 def _node_ip() -> str:

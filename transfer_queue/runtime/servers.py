@@ -1,20 +1,42 @@
-"""One server process each: a controller with its ledger, a storage unit with its arenas."""
+"""One server process each: a controller with its ledger, a storage unit with its arenas.
+
+A server with a `key` can be started again: whoever takes the place of a dead one under the same key finds its folder
+in shared memory, listens at the same socket file and port, and takes the same token, so that clients come back by
+themselves. `supervisor` is the process that would start it again; while that one lives, the folder is kept.
+"""
 
 from __future__ import annotations
 
 import secrets
+import shutil
+import socket
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from typing_extensions import Self
 
 from transfer_queue.controller import ControllerService
-from transfer_queue.errors import InvalidArgument
+from transfer_queue.errors import ConnectionLost, InvalidArgument, ProtocolMismatch
 from transfer_queue.ledger import Ledger
-from transfer_queue.messages import Announce, Announced, FreeBlocks, FreesDone, Int64s, Settle, Settled, UnitInfo
+from transfer_queue.messages import (
+    PROTOCOL_VERSION,
+    Announce,
+    Announced,
+    FreeBlocks,
+    FreesDone,
+    Int64s,
+    ProcessId,
+    Reconcile,
+    Reconciled,
+    Settle,
+    Settled,
+    UnitInfo,
+)
 from transfer_queue.metadata import Role, ZMQServerInfo
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.channel import Peer
+from transfer_queue.wire.curve import CurveKeys
 from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.listener import Listener
 from transfer_queue.wire.local import LocalPeer
@@ -24,35 +46,128 @@ from transfer_queue.wire.ticket import Ticket
 
 _ANNOUNCE_TIMEOUT_S = 30.0
 _SETTLE_TIMEOUT_S = 30.0
+_RECONCILE_TIMEOUT_S = 30.0
+_RECORD = "server.json"
+
+
+class _Endpoint(NamedTuple):
+    """What a server has to take over from the one whose place it takes."""
+
+    port: int  # 0: any
+    token: bytes
+    session_id: str
+    curve: CurveKeys | None
+
+    @classmethod
+    def of(cls, folder: ServerFolder, token: bytes, session_id: str, encrypt: bool) -> tuple[_Endpoint, bool]:
+        """Return the endpoint that the folder remembers, else a new one; and whether it was remembered."""
+        record = folder.read_record(_RECORD)
+        if record is None:
+            return cls(0, token, session_id, CurveKeys.new() if encrypt else None), False
+        if record["protocol"] != PROTOCOL_VERSION:
+            raise ProtocolMismatch(
+                f"{folder.path} was left by protocol version {record['protocol']}, this is {PROTOCOL_VERSION}: "
+                "start a server again with the version of transfer_queue that ran before"
+            )
+        curve = CurveKeys(*record["curve"]) if record["curve"] else None
+        return cls(record["port"], bytes.fromhex(record["token"]), record["session_id"], curve), True
+
+    @property
+    def curve_key(self) -> str:
+        return "" if self.curve is None else self.curve.public
+
+    def remember(self, folder: ServerFolder, server: Server) -> None:
+        folder.write_record(
+            _RECORD,
+            {
+                "protocol": PROTOCOL_VERSION,
+                "port": _port(server),
+                "token": self.token.hex(),
+                "session_id": self.session_id,
+                "curve": self.curve,
+            },
+        )
 
 
 class ControllerServer:
     """A controller that listens. `info` is all that clients and units need."""
 
-    def __init__(self, ledger: Ledger, *, host: str, session_id: str | None = None) -> None:
-        self.folder = ServerFolder("controller")
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        host: str,
+        session_id: str | None = None,
+        encrypt: bool = False,
+        key: str | None = None,
+        supervisor: ProcessId | None = None,
+        journal: bool = False,
+        journal_path: str | None = None,
+        successor: bool = False,
+    ) -> None:
+        """Start with an empty ledger, or, under the key of one that died, fill it from its journal.
+
+        encrypt       TCP with CURVE, of this server and of the units that announce themselves to it
+        journal       keep what is needed to start again
+        journal_path  folder of the journal, durable before each answer; None: in the server's folder, which outlives
+                      any process, but not the machine
+        successor     of one that died, whose folder must be here
+
+        Raises `ConnectionLost` if a controller is to start again that kept no journal, or kept it elsewhere.
+        """
         self.service = ControllerService(ledger)
-        token = new_token()
+        self.folder = ServerFolder("controller", key=key, supervisor=supervisor)
+        self._server: Server | None = None
+        self._on_disk: Path | None = None
         try:
-            self._server = Server(
-                self.service, token, local_path=self.folder.socket_path("request"), tcp_host=host, name="controller"
-            )
+            if successor and not self.folder.adopted:
+                raise ConnectionLost(
+                    f"this controller died, and {socket.gethostname()!r}, where it is started again, does not have its "
+                    "journal: its samples are lost; start a new session, and bind a controller made by hand to its node"
+                )
+            endpoint, again = _Endpoint.of(self.folder, new_token(), session_id or secrets.token_hex(8), encrypt)
+            if again and not journal:
+                raise ConnectionLost(
+                    f"the controller of session {endpoint.session_id} died and kept no journal: its samples are lost; "
+                    "start a new session, with journal.enabled if it has to survive its controller"
+                )
+            if journal_path is not None and journal:
+                self._on_disk = Path(journal_path) / "controller"
+                self.service.keep_in(self._on_disk, sync=True)
+            elif journal:
+                self.service.keep_in(self.folder.path / "journal")
+            self._start(host, endpoint)
         except BaseException:
-            self.folder.close()
+            self._give_up()
             raise
-        self.service.send_frees_by(self._server.push)
+
+    def _start(self, host: str, endpoint: _Endpoint) -> None:
+        self._server = server = Server(
+            self.service,
+            endpoint.token,
+            local_path=self.folder.socket_path("request"),
+            tcp_host=host,
+            tcp_port=endpoint.port,
+            curve=endpoint.curve,
+            requests=self.service.requests,
+            name="controller",
+        )
+        self.service.send_frees_by(server.push)
         self.info = ZMQServerInfo(
             Role.CONTROLLER,
             "controller",
             host,
-            {"request": int(self._server.address.rsplit(":", 1)[1])},
-            token=token,
-            local_address=self._server.local_address,
+            {"request": _port(server)},
+            token=endpoint.token,
+            local_address=server.local_address,
             folder=str(self.folder.path),
             nonce=self.folder.nonce,
-            session_id=session_id or secrets.token_hex(8),
+            session_id=endpoint.session_id,
+            curve_key=endpoint.curve_key,
         )
-        self._server.start()
+        if not endpoint.port:
+            endpoint.remember(self.folder, server)
+        server.start()
 
     def __enter__(self) -> Self:
         return self
@@ -62,12 +177,37 @@ class ControllerServer:
 
     def connect(self, client_id: str) -> LocalPeer:
         """A connection for this process: requests run in the caller's thread."""
+        assert self._server is not None
         return LocalPeer(self.service, client_id, on_wait=self._server.wake)
 
+    def leave(self) -> None:
+        """Stop listening; the state stays for the process that takes the place of this one."""
+        self.folder.leave()
+        self._stop()
+
     def close(self) -> None:
-        """Stop listening. The state is gone. May be called twice."""
-        self._server.close()
+        """Stop listening. The state is gone, with the journal. May be called twice."""
+        self._stop()
         self.folder.close()
+        if self._on_disk is not None:
+            shutil.rmtree(self._on_disk, ignore_errors=True)
+
+    def _give_up(self) -> None:
+        """A start failed: what an earlier server left is kept, for one that fares better."""
+        self._stop()
+        if self.folder.adopted:
+            self.folder.leave()
+        else:
+            self.folder.close()
+
+    def _stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        self.service.close()
+
+
+def _port(server: Server) -> int:
+    return int(server.address.rsplit(":", 1)[1])
 
 
 class UnitServer:
@@ -82,52 +222,87 @@ class UnitServer:
         capacity_bytes: int | None = None,
         arena_bytes: int = 64 << 20,
         transport: str = "auto",
+        key: str | None = None,
+        supervisor: ProcessId | None = None,
+        journal: bool = False,
     ) -> None:
-        """Returns when the controller knows the unit. Raises `ConnectionLost` or `NotAuthorized` if it will not."""
+        """Returns when unit and controller agree on what is stored.
+
+        journal   keep what is needed to go on with the arenas of one that died under this key
+
+        Raises `ConnectionLost` or `NotAuthorized` if the controller does not take it.
+        """
         if not isinstance(controller_info, ZMQServerInfo):
             raise InvalidArgument(f"controller_info must be a ZMQServerInfo, not {type(controller_info).__name__}")
         self._unit_id = unit_id
+        self._returned = False
         self._closing: list[Any] = []
+        self.folder: ServerFolder = self._opened(ServerFolder("unit", key=key, supervisor=supervisor))
         try:
-            self._start(controller_info, host, capacity_bytes, arena_bytes, transport)
+            self.service: UnitService = self._opened(
+                UnitService(
+                    self.folder.path,
+                    capacity_bytes=capacity_bytes,
+                    arena_bytes=arena_bytes,
+                    settle=self._settle,
+                    journal=journal,
+                )
+            )
+            self._start(controller_info, host, transport)
         except BaseException:
-            self.close()
+            if self.folder.adopted:
+                self.leave()
+            else:
+                self.close()
             raise
 
-    def _start(
-        self, controller: ZMQServerInfo, host: str, capacity_bytes: int | None, arena_bytes: int, transport: str
-    ) -> None:
-        folder = self._opened(ServerFolder("unit"))
-        self.service = self._opened(
-            UnitService(folder.path, capacity_bytes=capacity_bytes, arena_bytes=arena_bytes, settle=self._settle)
-        )
-        self._server: Server = self._opened(
-            Server(self.service, controller.token, local_path=folder.socket_path("request"), tcp_host=host, name="unit")
-        )
-        place = (controller.local_address, controller.folder, controller.nonce, controller.to_addr("request"))
+    def _start(self, controller: ZMQServerInfo, host: str, transport: str) -> None:
+        place = self._listen(controller, host)
         self._controller: Peer = self._opened(
-            Peer(*place, token=controller.token, client_id=self._unit_id, transport=transport)
-        )
-        announcement = Announce(
-            unit_id=self._unit_id,
-            address=self._server.address,
-            local_address=self._server.local_address,
-            folder=str(folder.path),
-            nonce=folder.nonce,
-            capacity_bytes=self.service.capacity_bytes,
+            Peer(
+                controller.local_address,
+                controller.folder,
+                controller.nonce,
+                controller.to_addr("request"),
+                token=controller.token,
+                client_id=self._unit_id,
+                transport=transport,
+                curve_key=controller.curve_key,
+            )
         )
         self._server.start()
+        announcement = Announce(capacity_bytes=self.service.capacity_bytes, **place)
         listener: Listener = self._opened(Listener(self._controller, announcement, self._receive))
         announced = listener.announced(_ANNOUNCE_TIMEOUT_S)
         assert isinstance(announced, Announced)
-        self.info = UnitInfo(
-            number=announced.number,
-            unit_id=self._unit_id,
-            address=self._server.address,
-            local_address=self._server.local_address,
-            folder=str(folder.path),
-            nonce=folder.nonce,
+        self._return(announced.number)
+        self.info = UnitInfo(number=announced.number, **place)
+
+    def _listen(self, controller: ZMQServerInfo, host: str) -> dict[str, str]:
+        """Make the sockets; return what others need to find them."""
+        folder = self.folder
+        endpoint, _ = _Endpoint.of(folder, controller.token, controller.session_id, bool(controller.curve_key))
+        self._server: Server = self._opened(
+            Server(
+                self.service,
+                controller.token,
+                local_path=folder.socket_path("request"),
+                tcp_host=host,
+                tcp_port=endpoint.port,
+                curve=endpoint.curve,
+                name="unit",
+            )
         )
+        if not endpoint.port:
+            endpoint.remember(folder, self._server)
+        return {
+            "unit_id": self._unit_id,
+            "address": self._server.address,
+            "local_address": self._server.local_address,
+            "folder": str(folder.path),
+            "nonce": folder.nonce,
+            "curve_key": endpoint.curve_key,
+        }
 
     def connect(self, client_id: str) -> LocalPeer:
         """A connection for this process: requests run in the caller's thread."""
@@ -140,15 +315,37 @@ class UnitServer:
     def _receive(self, message: Announced | FreeBlocks) -> FreesDone | None:
         """Called for everything the controller sends without being asked."""
         if isinstance(message, Announced):
-            self.service.number = message.number
+            if self._returned:
+                self.service.number = message.number
             return None
         self.service.submit(message, Ticket("controller", 0, None, message, lambda ticket, answer: None))
         return FreesDone(unit_id=self._unit_id, sequence=message.sequence)
+
+    def _return(self, number: int) -> None:
+        """Agree with the controller on what is stored; if it dies meanwhile, with its successor."""
+
+        def reconcile(blocks: Int64s) -> Reconciled:
+            reply = self._controller.begin(Reconcile(unit=number, blocks=blocks)).result(_RECONCILE_TIMEOUT_S)
+            assert isinstance(reply, Reconciled)
+            return reply
+
+        self.service.return_to(number, reconcile)
+        self._returned = True
 
     def _settle(self, blocks: Int64s) -> Int64s:
         settled = self._controller.begin(Settle(blocks=blocks)).result(_SETTLE_TIMEOUT_S)
         assert isinstance(settled, Settled)
         return settled.committed
+
+    def leave(self) -> None:
+        """Stop listening; the arenas stay for the process that takes the place of this one."""
+        self.folder.leave()
+        while self._closing:
+            resource = self._closing.pop()
+            if isinstance(resource, UnitService):
+                resource.abandon()
+            elif resource is not self.folder:
+                resource.close()
 
     def close(self) -> None:
         """Stop listening and remove the arenas. Views that readers hold stay valid. May be called twice."""

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from transfer_queue.errors import CapacityExceeded
 from transfer_queue.extents import Extents
+from transfer_queue.storage.facts import Fact, Kind
 from transfer_queue.storage.mapping import make_huge, map_file
 
 PAGE_BYTES = 4096
 DEFAULT_ARENA_BYTES = 64 << 20
 
 _FILL_BYTES = 1 << 20
+_PREFIX = "arena-"
 
 
 class Arena:
@@ -28,11 +32,8 @@ class Arena:
     def __init__(self, path: Path, size_bytes: int) -> None:
         """Create the file; raises `CapacityExceeded` if there is no memory for it."""
         assert size_bytes > 0 and size_bytes % PAGE_BYTES == 0, size_bytes
-        self.path = str(path)
-        self.size_bytes = size_bytes
-        self.extents = Extents(size_bytes)
+        self._describe(path, size_bytes)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._huge_bytes = 0  # from the start: huge pages, filled already
         try:
             os.ftruncate(descriptor, size_bytes)
             self.memory = map_file(descriptor, size_bytes)
@@ -46,6 +47,30 @@ class Arena:
             raise no_memory(path.parent, size_bytes) from error
         finally:
             os.close(descriptor)
+
+    @classmethod
+    def reopen(cls, path: Path, size_bytes: int) -> Arena:
+        """Map a file that an earlier process filled, all of it taken; raises `OSError` if it is not there as it was."""
+        arena = cls.__new__(cls)
+        arena._describe(path, size_bytes)
+        arena.extents.claim(0, size_bytes)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            found = os.fstat(descriptor).st_size
+            if found != size_bytes:
+                raise OSError(f"it has {found} bytes instead of {size_bytes}")
+            os.posix_fallocate(descriptor, 0, size_bytes)  # changes nothing, unless somebody punched a hole
+            arena.memory = map_file(descriptor, size_bytes)
+        finally:
+            os.close(descriptor)
+        return arena
+
+    def _describe(self, path: Path, size_bytes: int) -> None:
+        self.path = str(path)
+        self.name = path.name
+        self.size_bytes = size_bytes
+        self.extents = Extents(size_bytes)
+        self._huge_bytes = 0  # from the start: huge pages, filled already
 
     def __repr__(self) -> str:
         return f"<Arena {self.path}: {self.extents.free_total} of {self.size_bytes} bytes free>"
@@ -66,14 +91,19 @@ class Arena:
 
 
 class Arenas:
-    """The arenas of a unit: at most `capacity_bytes` in all. Not thread-safe, except `create`."""
+    """The arenas of a unit: at most `capacity_bytes` in all. Not thread-safe, except `create`.
+
+    Each life of a unit gives its files names of its own: who mapped a file knows it by its name.
+    """
 
     def __init__(self, folder: Path, capacity_bytes: int, arena_bytes: int = DEFAULT_ARENA_BYTES) -> None:
         self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
         self.arena_bytes = min(round_to_pages(arena_bytes), self.capacity_bytes)
         self.members: list[Arena] = []
         self.growing_bytes = 0  # sizes given out by `plan_growth` that did not become arenas yet
+        self.facts: list[Fact] = []  # which members came and went, for who keeps account of them
         self._folder = folder
+        self._life = secrets.token_hex(4)
         self._created = 0
 
     def __repr__(self) -> str:
@@ -108,6 +138,7 @@ class Arenas:
         while needed > room:
             arena = empty.pop()
             self.members.remove(arena)
+            self.facts.append((Kind.ARENA_GONE, arena.name))
             arena.close()
             room += arena.size_bytes
         planned = min(max(needed, self.arena_bytes), room)
@@ -117,12 +148,30 @@ class Arenas:
     def create(self, size_bytes: int) -> Arena:
         """Make the file for a planned arena; from any thread, one at a time. Raises as `Arena`."""
         self._created += 1
-        return Arena(self._folder / f"arena-{self._created}", size_bytes)
+        return Arena(self._folder / f"{_PREFIX}{self._life}-{self._created}", size_bytes)
 
     def add(self, arena: Arena) -> None:
         """Offer an arena that was planned, created and filled."""
         self.growing_bytes -= arena.size_bytes
         self.members.append(arena)
+        self.facts.append((Kind.ARENA, arena.name, arena.size_bytes))
+
+    def reopen(self, known: Mapping[str, int]) -> dict[str, str]:
+        """Take over the files that an earlier life knew, by name and size; all their bytes count as taken.
+
+        Other files, which were being made when it ended, are removed. Return why the missing ones could not be had.
+        """
+        missing = {}
+        for name, size_bytes in known.items():
+            try:
+                self.members.append(Arena.reopen(self._folder / name, size_bytes))
+            except OSError as error:
+                missing[name] = str(error)
+        kept = {arena.name for arena in self.members}
+        for path in self._folder.glob(f"{_PREFIX}*"):
+            if path.name not in kept:
+                path.unlink()
+        return missing
 
     def give_up(self, size_bytes: int) -> None:
         """A planned arena will not come."""

@@ -1,62 +1,74 @@
 """Who holds which bytes of a unit: spans, blocks and pins over its arenas.
 
-Decides, and does what is decided at once; never waits, sends or looks at a clock.
+Decides, and does what is decided at once; never waits, sends or looks at a clock. What has to outlive the process it
+leaves in `facts`, for its caller to write down before anybody is answered.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from transfer_queue.errors import InvalidArgument, StaleSampleError
+from transfer_queue.errors import DecodeError, InvalidArgument, StaleSampleError
 from transfer_queue.messages import SPAN_SHIFT, UNIT_SHIFT, FreeBlocks, Int64s, Pinned, ProcessId, Reserved
 from transfer_queue.storage.arena import Arenas
 from transfer_queue.storage.block import ALIGNMENT, Block, Directories, aligned
+from transfer_queue.storage.facts import NOBODY, SPAN_MASK, Asked, Kind, pin_fact
 from transfer_queue.storage.ranges import Bytes
 from transfer_queue.storage.spans import Span, StoredBlock
 
-_SPAN_MASK = (1 << (UNIT_SHIFT - SPAN_SHIFT)) - 1
 _SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Hold:
+class Hold:
+    """A pin."""
+
     holder: ProcessId
     blocks: tuple[StoredBlock, ...]
+    asked: Asked
 
 
 class UnitSpace:
-    """Not thread-safe. `number` is the unit's own, known once it announced itself."""
+    """Not thread-safe. `number` is the unit's own, known once it announced itself.
 
-    def __init__(self, arenas: Arenas) -> None:
+    facts        what happened since they were last taken away; the arenas add theirs
+    unconfirmed  blocks some of whose bytes were given back, and nobody knows yet which: not to be read
+    next_span    the number of the first span to be lent; a unit that forgot its spans starts where it never was
+    """
+
+    def __init__(self, arenas: Arenas, *, next_span: int = 1, next_pin: int = 1) -> None:
         self.arenas = arenas
+        self.facts = arenas.facts
         self.number = 0
-        self._spans: dict[int, Span] = {}
-        self._pins: dict[int, _Hold] = {}
-        self._next_span = itertools.count(1)
-        self._next_pin = itertools.count(1)
-        self._directories = Directories()
+        self.spans: dict[int, Span] = {}
+        self.pins: dict[int, Hold] = {}
+        self.unconfirmed: set[int] = set()
+        self.directories = Directories()
+        self.next_span = next_span
+        self.next_pin = next_pin
 
     # ------------------------------------------------------------ writers
 
-    def reserve(self, size_bytes: int, holder: ProcessId) -> Reserved | None:
+    def reserve(self, size_bytes: int, holder: ProcessId, asked: Asked = NOBODY) -> Reserved | None:
         """Lend a span, or None if no arena has so much in one piece."""
         size = aligned(size_bytes)
         place = self.arenas.allocate(size, ALIGNMENT)
         if place is None:
             return None
         arena, offset = place
-        number = next(self._next_span)
+        number = self.next_span
+        self.next_span = number % SPAN_MASK + 1
         first = self.number << UNIT_SHIFT | number << SPAN_SHIFT
-        self._spans[number] = Span(number, first, arena, offset, size, holder)
+        self.spans[number] = Span(number, first, arena, offset, size, holder, asked, self.facts)
+        self.facts.append(self.spans[number].fact())
         return Reserved(span=number, first_block=first, arena=arena.path, offset=offset, size_bytes=size)
 
     def write(self, number: int, offset: int, frames: Iterable[Bytes]) -> int:
         """Copy frames into an open span; return the bytes written."""
-        span = self._spans.get(number)
+        span = self.spans.get(number)
         if span is None or not span.open:
             raise InvalidArgument(f"span {number} is not lent any more; reserve another one and write the block again")
         parts = list(frames)
@@ -71,7 +83,7 @@ class UnitSpace:
 
     def return_span(self, number: int) -> None:
         """The holder carves no more; unknown spans are ignored."""
-        span = self._spans.get(number)
+        span = self.spans.get(number)
         if span is not None:
             span.finish()
             self._forget_empty(span)
@@ -84,17 +96,34 @@ class UnitSpace:
                 continue
             span, block = found
             block.freed = True
-            if not block.pins:
+            if block.pins:
+                self.facts.append((Kind.FREED, block_id))
+            else:
                 self._drop(span, block)
 
     def free_slots(self, message: FreeBlocks) -> None:
-        """Nobody points to these rows any more; unknown ones are ignored."""
+        """Nobody points to these rows any more; unknown ones are ignored.
+
+        Rows of a damaged block cannot be found: they stay with the block. `DecodeError` says so, after all the others.
+        """
+        damage: DecodeError | None = None
+        if len(message.partial_blocks) != len(message.partial_slots):
+            raise InvalidArgument(
+                f"{len(message.partial_blocks)} blocks and {len(message.partial_slots)} slots are no pairs"
+            )
         order = np.argsort(message.partial_blocks, kind="stable")
         blocks, first = np.unique(message.partial_blocks[order], return_index=True)
         for block_id, slots in zip(blocks.tolist(), np.split(message.partial_slots[order], first[1:]), strict=False):
             found = self._find(block_id)
             if found is not None and not found[1].freed:
-                found[1].clear(self._directories, slots)
+                block, whole = found[1], not found[1].partial
+                try:
+                    block.clear(self.directories, slots)
+                except DecodeError as error:
+                    damage = error
+                self._note_partial(block, whole)
+        if damage is not None:
+            raise damage
 
     # ------------------------------------------------------------ readers
 
@@ -102,17 +131,19 @@ class UnitSpace:
         """Return readable blocks, each with its cleared slots; valid until something is freed. Raises as `pin`."""
         opened = []
         for block in self._live(blocks):
-            readable = self._directories.open_block(block.arena.memory, block.start, block.block_id)
+            readable = self.directories.open_block(block.arena.memory, block.start, block.block_id)
             opened.append((readable, block.cleared_slots()))
         return opened
 
-    def pin(self, blocks: Int64s, holder: ProcessId) -> Pinned:
+    def pin(self, blocks: Int64s, holder: ProcessId, asked: Asked = NOBODY) -> Pinned:
         """Keep the bytes of these blocks. Raises `StaleSampleError` with the ids of those that are gone."""
         held = self._live(blocks.tolist())
         for block in held:
             block.pins += 1
-        number = next(self._next_pin)
-        self._pins[number] = _Hold(holder, tuple(held))
+        number = self.next_pin
+        self.next_pin += 1
+        self.pins[number] = Hold(holder, tuple(held), asked)
+        self.facts.append(pin_fact(number, holder, asked, blocks))
         arenas = {block.arena.path: None for block in held}
         number_of = {path: position for position, path in enumerate(arenas)}
         cleared = {block.block_id: block.cleared_slots() for block in held if block.cleared is not None}
@@ -130,13 +161,18 @@ class UnitSpace:
 
     def unpin(self, number: int) -> None:
         """The end of a pin; unknown ones are ignored."""
-        hold = self._pins.pop(number, None)
-        for block in () if hold is None else hold.blocks:
+        hold = self.pins.pop(number, None)
+        if hold is None:
+            return
+        self.facts.append((Kind.UNPIN, number))
+        for block in hold.blocks:
             block.pins -= 1
             if block.pins:
                 continue
             if not block.freed:
-                block.give_back_cleared(self._directories)
+                whole = not block.partial
+                block.give_back_cleared(self.directories)
+                self._note_partial(block, whole)
             elif (found := self._find(block.block_id)) is not None:
                 self._drop(*found)
 
@@ -144,16 +180,16 @@ class UnitSpace:
 
     def holders(self) -> set[ProcessId]:
         """Every process that holds a pin or wrote a block whose fate is open."""
-        writers = (span.holder for span in self._spans.values() if span.holder is not None and not span.settling)
+        writers = (span.holder for span in self.spans.values() if span.holder is not None and not span.settling)
         by_name = {(who.host, who.pid, who.start_time): who for who in (*writers, *self._pinners())}
         return set(by_name.values())
 
     def release(self, dead: ProcessId) -> list[Span]:
         """Release all that a dead process held, but its sealed blocks; return the spans where those lie."""
-        for number in [number for number, hold in self._pins.items() if _same(hold.holder, dead)]:
+        for number in [number for number, hold in self.pins.items() if _same(hold.holder, dead)]:
             self.unpin(number)
         open_fate = []
-        for span in [span for span in self._spans.values() if _same(span.holder, dead) and not span.settling]:
+        for span in [span for span in self.spans.values() if _same(span.holder, dead) and not span.settling]:
             span.finish()
             self.free(np.array([block.block_id for block in span.blocks.values() if not block.sealed], np.int64))
             if span.blocks:
@@ -171,47 +207,21 @@ class UnitSpace:
         if lost is not None:
             self.free(lost)
 
-    def stats(self) -> dict[str, int]:
-        """Bytes by what holds them; live + pinned + reserved + overhead + free are all bytes of the arenas.
+    # ------------------------------------------------------------ all of it
 
-        pinned: cleared, but some reader still looks at it · overhead: rows cleared in runs too short to reuse ·
-        reserved: lent to writers and not carved yet.
-        """
-        live = pinned = overhead = 0
-        for block in self._blocks():
-            kept = block.size_bytes - block.returned.total
-            cleared = kept if block.freed else block.cleared_bytes - block.returned.total
-            live += kept - cleared
-            if block.pins:
-                pinned += cleared
-            else:
-                overhead += cleared
-        return {
-            "bytes_live": live,
-            "bytes_pinned": pinned,
-            "bytes_reserved": sum(span.unused_bytes for span in self._spans.values()),
-            "bytes_overhead": overhead,
-            "bytes_free": self.arenas.free_bytes,
-            "bytes_arenas": self.arenas.total_bytes,
-            "bytes_capacity": self.arenas.capacity_bytes,
-            "arenas": len(self.arenas.members),
-            "blocks": sum(len(span.blocks) for span in self._spans.values()),
-            "spans": sum(span.open for span in self._spans.values()),
-            "pins": len(self._pins),
-        }
-
-    # ------------------------------------------------------------ inside
-
-    def _blocks(self) -> Iterator[StoredBlock]:
-        for span in self._spans.values():
+    def blocks(self) -> Iterator[StoredBlock]:
+        """Every block there is by now, also those that are freed and pinned."""
+        for span in self.spans.values():
             span.walk()
             yield from span.blocks.values()
 
+    # ------------------------------------------------------------ inside
+
     def _pinners(self) -> Iterator[ProcessId]:
-        return (hold.holder for hold in self._pins.values())
+        return (hold.holder for hold in self.pins.values())
 
     def _find(self, block_id: int) -> tuple[Span, StoredBlock] | None:
-        span = self._spans.get(block_id >> SPAN_SHIFT & _SPAN_MASK)
+        span = self.spans.get(block_id >> SPAN_SHIFT & SPAN_MASK)
         block = None if span is None else span.find(block_id)
         return None if span is None or block is None else (span, block)
 
@@ -229,12 +239,19 @@ class UnitSpace:
 
     def _drop(self, span: Span, block: StoredBlock) -> None:
         block.give_back_all()
+        self.facts.append((Kind.DROPPED, block.block_id))
+        self.unconfirmed.discard(block.block_id)
         del span.blocks[block.block_id - span.first_block]
         self._forget_empty(span)
 
+    def _note_partial(self, block: StoredBlock, whole: bool) -> None:
+        """`whole`: until now, no byte of it had been given back."""
+        if whole and block.partial:
+            self.facts.append((Kind.PARTIAL, block.block_id))
+
     def _forget_empty(self, span: Span) -> None:
         if not span.open and not span.blocks:
-            self._spans.pop(span.number, None)
+            self.spans.pop(span.number, None)
 
 
 def _same(one: ProcessId | None, other: ProcessId) -> bool:

@@ -2,24 +2,22 @@
 
 A unit is not told when a block is carved. It finds the blocks of a span by walking their headers, which holders
 write in order, each before the next. A block id is never reused, so bytes that an earlier owner left are not
-mistaken for a header.
+mistaken for a header. What is found is noted among the facts of the unit before it is used.
 """
 
 from __future__ import annotations
 
 import bisect
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from transfer_queue.messages import Int64s, ProcessId
-from transfer_queue.storage.arena import PAGE_BYTES, Arena
-from transfer_queue.storage.block import ALIGNMENT, Block, Directories, StoredColumn, has_offsets, read_head
+from transfer_queue.storage.arena import Arena
+from transfer_queue.storage.block import ALIGNMENT, Block, Directories, read_head
+from transfer_queue.storage.facts import Asked, Fact, Kind
+from transfer_queue.storage.reuse import Mask, cleared_values_bytes, returnable
 
-Mask: TypeAlias = NDArray[np.bool_]
-
-MIN_RETURNED_BYTES = PAGE_BYTES  # shorter runs of cleared rows wait for their block
 BLOCKS_PER_SPAN = 1 << 16
 
 
@@ -30,7 +28,18 @@ class StoredBlock:
     when no pin holds them: all of them, or the cleared runs that are long enough.
     """
 
-    __slots__ = ("arena", "block_id", "cleared", "cleared_bytes", "freed", "pins", "returned", "size_bytes", "start")
+    __slots__ = (
+        "arena",
+        "block_id",
+        "cleared",
+        "cleared_bytes",
+        "freed",
+        "partial",
+        "pins",
+        "returned",
+        "size_bytes",
+        "start",
+    )
 
     def __init__(self, arena: Arena, block_id: int, start: int, size_bytes: int) -> None:
         self.arena = arena
@@ -39,6 +48,7 @@ class StoredBlock:
         self.size_bytes = size_bytes
         self.pins = 0
         self.freed = False
+        self.partial = False  # some of its bytes were given back, ever
         self.cleared: Mask | None = None  # [rows]
         self.cleared_bytes = 0  # of rows that are cleared, given back or not
         self.returned = RangeSet()
@@ -66,13 +76,12 @@ class StoredBlock:
         block = directories.open_block(self.arena.memory, self.start, self.block_id)
         if self.cleared is None:
             self.cleared = np.zeros(block.head.rows, np.bool_)
+            self.cleared_bytes = 0
         slots = np.unique(slots[(slots >= 0) & (slots < block.head.rows)])
         slots = slots[~self.cleared[slots]]
         self.cleared[slots] = True
         for column in block.columns.values():
-            _, values = _unwanted(block, column, self.cleared, slots)
-            begins, ends = _value_ranges(block, column, values, values + 1)
-            self.cleared_bytes += int((ends - begins).sum())
+            self.cleared_bytes += cleared_values_bytes(block, column, self.cleared, slots)
         if not self.pins:
             self._give_back_runs(block, slots)
 
@@ -85,14 +94,10 @@ class StoredBlock:
     def _give_back_runs(self, block: Block, slots: Int64s) -> None:
         """Return what runs of cleared rows that hold any of `slots` left unwanted, per column, if it is long enough."""
         assert self.cleared is not None
-        runs = _runs(self.cleared, slots)
         for column in block.columns.values():
-            firsts, lasts = runs if column.shared is None else _runs(*_unwanted(block, column, self.cleared, slots))
-            begins, ends = _value_ranges(block, column, firsts, lasts)
-            begins = -(-begins // ALIGNMENT) * ALIGNMENT
-            ends = ends // ALIGNMENT * ALIGNMENT
-            long = ends - begins >= MIN_RETURNED_BYTES
-            for begin, end in zip(begins[long].tolist(), ends[long].tolist(), strict=True):
+            begins, ends = returnable(block, column, self.cleared, slots)
+            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+                self.partial = True
                 self._give_back(begin, end)
 
     def _give_back(self, begin: int, end: int) -> None:
@@ -104,9 +109,11 @@ class Span:
     """A run of bytes lent to `holder`, who carves blocks from it until it is returned."""
 
     __slots__ = (
-        "_end",
         "arena",
+        "asked",
         "blocks",
+        "end",
+        "facts",
         "first_block",
         "holder",
         "number",
@@ -117,18 +124,28 @@ class Span:
     )
 
     def __init__(
-        self, number: int, first_block: int, arena: Arena, start: int, size_bytes: int, holder: ProcessId
+        self,
+        number: int,
+        first_block: int,
+        arena: Arena,
+        start: int,
+        size_bytes: int,
+        holder: ProcessId | None,
+        asked: Asked,
+        facts: list[Fact],
     ) -> None:
+        self.facts = facts
+        self.asked = asked
         self.number = number
         self.first_block = first_block
         self.arena = arena
         self.start = start
         self.size_bytes = size_bytes
-        self.holder: ProcessId | None = holder  # None: dead, and its blocks are settled
+        self.holder = holder  # None: dead, and its blocks are settled
         self.open = True
         self.settling = False
         self.blocks: dict[int, StoredBlock] = {}  # by position in the span; without those that are gone
-        self._end = (0, start)  # how many blocks were found, and where they end
+        self.end = (0, start)  # how many blocks were found, and where they end
 
     def __repr__(self) -> str:
         return f"<Span {self.number}: {self.size_bytes} bytes, {len(self.blocks)} blocks, open: {self.open}>"
@@ -136,11 +153,30 @@ class Span:
     @property
     def unused_bytes(self) -> int:
         """Bytes of an open span behind its last block."""
-        return self.start + self.size_bytes - self._end[1] if self.open else 0
+        return self.start + self.size_bytes - self.end[1] if self.open else 0
+
+    def fact(self) -> Fact:
+        """Return the fact that this span was lent."""
+        who = self.holder
+        holder = (None, 0, 0.0) if who is None else (who.host, who.pid, who.start_time)
+        place = (self.number, self.first_block, self.arena.name, self.start, self.size_bytes)
+        return (Kind.SPAN, *place, *holder, *self.asked)
+
+    def all_facts(self) -> list[Fact]:
+        """Return facts that say all there is to know of this span and its blocks."""
+        facts = [self.fact()]
+        for block in self.blocks.values():
+            facts.append((Kind.BLOCK, block.block_id, block.start, block.size_bytes))
+            if block.partial:
+                facts.append((Kind.PARTIAL, block.block_id))
+            if block.freed:
+                facts.append((Kind.FREED, block.block_id))
+        facts.append((Kind.WALKED, self.number, *self.end) if self.open else (Kind.FINISHED, self.number))
+        return facts
 
     def walk(self) -> None:
         """Find the blocks carved since the last walk."""
-        position, at = self._end
+        position, at = self.end
         while self.open and position < BLOCKS_PER_SPAN and at < self.start + self.size_bytes:
             head = read_head(self.arena.memory, at)
             if head is None or head.block_id != self.first_block + position or head.size_bytes % ALIGNMENT:
@@ -148,12 +184,13 @@ class Span:
             if at + head.size_bytes > self.start + self.size_bytes:
                 break
             self.blocks[position] = StoredBlock(self.arena, head.block_id, at, head.size_bytes)
+            self.facts.append((Kind.BLOCK, head.block_id, at, head.size_bytes))
             position, at = position + 1, at + head.size_bytes
-        self._end = (position, at)
+        self.end = (position, at)
 
     def find(self, block_id: int) -> StoredBlock | None:
         position = block_id - self.first_block
-        if position >= self._end[0]:
+        if position >= self.end[0]:
             self.walk()
         return self.blocks.get(position)
 
@@ -164,8 +201,9 @@ class Span:
         self.walk()
         unused = self.unused_bytes
         self.open = False
+        self.facts.append((Kind.FINISHED, self.number))
         if unused:
-            self.arena.extents.free(self._end[1], unused)
+            self.arena.extents.free(self.end[1], unused)
 
 
 class RangeSet:
@@ -182,48 +220,27 @@ class RangeSet:
         """Add [begin, end); return the parts of it that were not in the set."""
         low = bisect.bisect_left(self._ends, begin)
         high = bisect.bisect_right(self._begins, end)
-        gaps, at = [], begin
-        for known_begin, known_end in zip(self._begins[low:high], self._ends[low:high], strict=True):
-            if known_begin > at:
-                gaps.append((at, known_begin))
-            at = max(at, known_end)
-        if at < end:
-            gaps.append((at, end))
+        gaps = list(_gaps(zip(self._begins[low:high], self._ends[low:high], strict=True), begin, end))
         self._begins[low:high] = [min([begin, *self._begins[low:high]])]
         self._ends[low:high] = [max([end, *self._ends[low:high]])]
         self.total += sum(stop - start for start, stop in gaps)
         return gaps
 
+    def gaps(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Return the parts of [begin, end) that are not in the set, in order."""
+        low = bisect.bisect_left(self._ends, begin)
+        high = bisect.bisect_right(self._begins, end)
+        return list(_gaps(zip(self._begins[low:high], self._ends[low:high], strict=True), begin, end))
 
-def _runs(mask: Mask, members: Int64s) -> tuple[Int64s, Int64s]:
-    """Return where the runs of a mask that have any of these members begin and end."""
-    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
-    chosen = np.unique(np.searchsorted(edges, members, side="right") // 2)
-    return edges[0::2][chosen], edges[1::2][chosen]
-
-
-def _unwanted(block: Block, column: StoredColumn, cleared: Mask, slots: Int64s) -> tuple[Mask, Int64s]:
-    """Return which values of a column no row refers to any more, and of these the ones that rows of `slots` had.
-
-    cleared   [rows], says of each row whether it is gone; `slots` are some of these
-    """
-    if column.shared is None:
-        return cleared, slots
-    at = block.start + column.references_at
-    references = np.clip(block.memory[at : at + 8 * block.head.rows].view(np.int64), 0, column.shared - 1)
-    unwanted = np.ones(column.shared, np.bool_)
-    unwanted[references[~cleared]] = False
-    values = np.unique(references[slots])
-    return unwanted, values[unwanted[values]]
+    def ranges(self) -> list[tuple[int, int]]:
+        return list(zip(self._begins, self._ends, strict=True))
 
 
-def _value_ranges(block: Block, column: StoredColumn, firsts: Int64s, lasts: Int64s) -> tuple[Int64s, Int64s]:
-    """Return where the values [firsts[i], lasts[i]) of a column begin and end in the memory of the block."""
-    base, step = block.start + column.values_at, column.row_bytes
-    if not has_offsets(column.spec.layout):
-        return base + firsts * step, base + lasts * step
-    at = block.start + column.offsets_at
-    raw = block.memory[at : at + 8 * (column.values_of(block.head.rows) + 1)]
-    offsets = np.clip(raw.view(np.int64), 0, column.values_bytes // step if step else 0)
-    begins, ends = offsets[firsts], offsets[lasts]
-    return base + begins * step, base + np.maximum(begins, ends) * step
+def _gaps(known: Iterable[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    at = begin
+    for known_begin, known_end in known:
+        if known_begin > at:
+            yield at, known_begin
+        at = max(at, known_end)
+    if at < end:
+        yield at, end

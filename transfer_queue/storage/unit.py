@@ -3,10 +3,23 @@
 All decisions are `UnitSpace`'s; this is the shell that locks, parks and answers. A reservation that finds no space
 is parked until some is freed or a new arena is there; arenas are made, and the fate of a dead writer's blocks is
 asked for, in threads beside, so that no other request waits for either.
+
+A unit with a `journal` survives the death of its process. What it lends, finds, pins and drops are facts, written to a
+journal in its folder before anybody sees their effect. The next `UnitService` on the folder goes on with its arenas:
+
+1. Built, it has its index again (`recovery`): spans and pins as they were, blocks whose heads are sound, free space. It
+   serves readers of blocks of which no byte was ever given back. What the dead hold is released as ever; spans of
+   living writers stay theirs, and blocks that they carved meanwhile are found.
+2. `return_to` verifies checksums and asks the controller which blocks are in use and which of their rows were cleared
+   (`returning`). Then readers of the other blocks, and writers, are served.
+
+Block ids go on from where they were. A unit without its journal, or with a damaged one, starts empty: its span numbers
+begin anywhere among 2^32 and its files have new names, so that handles and mappings of the life before meet nothing.
 """
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from transfer_queue.errors import CapacityExceeded, ConnectionLost, InvalidArgument, TransferQueueError, WrongType
+from transfer_queue.errors import ConnectionLost, InvalidArgument, TransferQueueError, WrongType
+from transfer_queue.journal import SnapshotWriter
 from transfer_queue.messages import (
     ONE_WAY,
     AbortBlocks,
@@ -29,6 +43,7 @@ from transfer_queue.messages import (
     Int64s,
     Pin,
     Pinned,
+    ReadBlock,
     Report,
     Reserve,
     Reserved,
@@ -36,16 +51,20 @@ from transfer_queue.messages import (
     Unpin,
     Write,
 )
-from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arena, Arenas, free_bytes, no_memory
+from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arenas, free_bytes, no_memory
 from transfer_queue.storage.block import aligned
-from transfer_queue.storage.packing import pack
-from transfer_queue.storage.space import UnitSpace
+from transfer_queue.storage.facts import SPAN_MASK, Fact, Known
+from transfer_queue.storage.figures import figures, no_space
+from transfer_queue.storage.growth import Growth
+from transfer_queue.storage.log import FactLog
+from transfer_queue.storage.packing import pack, piece
+from transfer_queue.storage.recovery import all_facts, granted, rebuild
+from transfer_queue.storage.returning import Reconcile, Returning
 from transfer_queue.storage.spans import Span
 from transfer_queue.wire.holders import is_alive
 from transfer_queue.wire.ticket import Ticket
 
 _REAP_S = 1.0
-_RETRY_GROWTH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +79,8 @@ class UnitService:
 
     capacity_bytes  of all arenas together; None: half of what the file system of `folder` has free now
     settle          given the blocks of dead writers, returns 0/1 for each: was it committed? None: keep them
+    journal         keep facts in `folder`/journal, and go on with what an earlier process left there
+    recovered       how many blocks of an earlier process are there; `lost_blocks` says which are not, and why
     """
 
     def __init__(
@@ -69,31 +90,36 @@ class UnitService:
         capacity_bytes: int | None = None,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         settle: Callable[[Int64s], Int64s] | None = None,
+        journal: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises `CapacityExceeded` if there is no memory for the first arena."""
-        if capacity_bytes is None:
-            capacity_bytes = max(free_bytes(folder) // 2, PAGE_BYTES)
-        if capacity_bytes < PAGE_BYTES or arena_bytes < PAGE_BYTES:
+        """Raises `CapacityExceeded` if there is no memory for the first arena or the journal."""
+        if (capacity_bytes is not None and capacity_bytes < PAGE_BYTES) or arena_bytes < PAGE_BYTES:
             raise InvalidArgument(f"capacity_bytes and arena_bytes must be {PAGE_BYTES} or more")
         self.settle = settle
         self._clock = clock
-        self._arenas = Arenas(folder, capacity_bytes, arena_bytes)
-        self._space = UnitSpace(self._arenas)
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
-        self._growing = False
-        self._full: CapacityExceeded | None = None
-        self._retry_growth_at = 0.0
+        self._unconfirmed: list[tuple[Pin | Fetch, Ticket]] = []  # about blocks that are not to be read yet
         self._reap_at = clock() + _REAP_S
         self._closed = False
+        self._shortening = False  # a snapshot of the journal is being written
+        self._log: FactLog | None = None
+        known = Known()
+        if journal:
+            self._log, known = FactLog.open(folder)
+        if capacity_bytes is None:
+            capacity_bytes = max((free_bytes(folder) + sum(known.arenas.values())) // 2, PAGE_BYTES)
+        self._arenas = Arenas(folder, capacity_bytes, arena_bytes)
+        self._space, self.lost_blocks = rebuild(self._arenas, known, 1 + secrets.randbelow(SPAN_MASK))
+        self._granted = granted(self._space)
+        self.recovered = sum(len(span.blocks) for span in self._space.spans.values())
         self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tq-unit")
-        size = self._arenas.plan_growth(1)
-        assert size is not None
-        if size > free_bytes(folder):
-            raise no_memory(folder, size)
-        self._growing = True
-        self._beside.submit(self._grow, size)
+        self._growth = Growth(self._arenas, self._lock, self._beside, self._serve, clock)
+        with self._lock:
+            self._save()
+        if not self._arenas.members:
+            self._make_first_arena(folder)
 
     def __repr__(self) -> str:
         return f"<UnitService {self.number}: {self._arenas!r}, {len(self._waiting)} waiting>"
@@ -113,13 +139,29 @@ class UnitService:
     def number(self, number: int) -> None:
         with self._lock:
             self._space.number = number
-            answers = self._serve_waiting()
-        for waiting, reserved in answers:
-            waiting.ticket.answer(reserved)
+        self._serve()
 
     @property
     def capacity_bytes(self) -> int:
         return self._arenas.capacity_bytes
+
+    def return_to(self, number: int, reconcile: Reconcile) -> None:
+        """Agree with the controller on what is stored, then serve everybody, under this number.
+
+        To be called, in place of setting `number`, when the controller has numbered the unit; in a thread that may
+        wait: checksums are verified first. `reconcile` is called once or twice, with all blocks there are. If it
+        raises, so does this, and it is to be called again: until then writers wait.
+        """
+        with self._lock:
+            self._space.number = 0
+        returning = Returning(self._space, self._lock, self._save)
+        returning.reconcile(reconcile)
+        self.lost_blocks.update(returning.lost)
+        with self._lock:
+            unconfirmed, self._unconfirmed = self._unconfirmed, []
+        self.number = number
+        for request, ticket in unconfirmed:
+            self.submit(request, ticket)
 
     # ------------------------------------------------------------ the handler
 
@@ -127,12 +169,14 @@ class UnitService:
         """Answer a request, now or when there is space; one-way messages are only carried out."""
         try:
             with self._lock:
-                reply = self._handle(request, ticket)
-                answers = self._serve_waiting() if isinstance(request, _FREEING) else []
+                try:
+                    reply = self._handle(request, ticket)
+                    answers = self._serve_waiting() if isinstance(request, _FREEING) else []
+                finally:
+                    self._save()
         except TransferQueueError as error:
             reply, answers = error, []
-        for waiting, reserved in answers:
-            waiting.ticket.answer(reserved)
+        _answer_all(answers)
         if reply is not None and not isinstance(request, ONE_WAY):
             ticket.answer(reply)
 
@@ -144,38 +188,62 @@ class UnitService:
                 return None
             expired = [waiting for waiting in self._waiting if waiting.deadline <= now]
             self._waiting = [waiting for waiting in self._waiting if waiting.deadline > now]
-            errors = [self._no_space(waiting.request) for waiting in expired]
+            errors = [no_space(self._space, waiting.request, self._growth.full) for waiting in expired]
             if now >= self._reap_at:
                 self._reap_at = now + _REAP_S
                 self._reap()
             answers = self._serve_waiting()
+            self._save()
             due = min([self._reap_at, *(waiting.deadline for waiting in self._waiting)])
         for waiting, error in zip(expired, errors, strict=True):
             waiting.ticket.answer(error)
-        for waiting, reserved in answers:
-            waiting.ticket.answer(reserved)
+        _answer_all(answers)
         return max(0.0, due - now)
 
     def lost(self, ticket: Ticket, reply: Any) -> None:
         """The reply (None: any) to this request has nobody to go to: undo what it granted."""
         with self._lock:
             self._take_back(ticket, reply)
-            answers = self._serve_waiting()
-        for waiting, reserved in answers:
-            waiting.ticket.answer(reserved)
+        self._serve()
+
+    def gone(self, client_id: str) -> None:
+        """What a client holds here belongs to its process: see `tick`."""
+
+    def holding(self) -> tuple[str, ...]:
+        return ()
 
     def close(self) -> None:
-        """Answer who waits, stop the threads, remove the arenas. May be called twice."""
+        """Answer who waits, stop the threads, remove arenas and journal. May be called twice."""
+        self._end(keep=False)
+
+    def abandon(self) -> None:
+        """As `close`, but leave arenas and journal as they are, for the next unit on this folder."""
+        self._end(keep=True)
+
+    def _end(self, *, keep: bool) -> None:
         with self._lock:
             self._closed = True
-            waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            one.ticket.answer(
-                ConnectionLost(f"the storage unit was closed while {one.request.size_bytes} bytes were awaited")
-            )
+            self._growth.stop()
+            tickets = [*(one.ticket for one in self._waiting), *(ticket for _, ticket in self._unconfirmed)]
+            self._waiting, self._unconfirmed = [], []
+        error = ConnectionLost("the storage unit was closed while this request waited")
+        _answer_all([(ticket, error) for ticket in tickets])
         self._beside.shutdown(wait=True, cancel_futures=True)
         with self._lock:
+            if keep:
+                self._arenas.members.clear()
             self._arenas.close()
+            if self._log is not None:
+                self._log.close(remove=not keep)
+                self._log = None
+
+    def _make_first_arena(self, folder: Path) -> None:
+        size = min(self._arenas.arena_bytes, self._arenas.capacity_bytes)
+        if size > free_bytes(folder):
+            self.close()
+            raise no_memory(folder, size)
+        with self._lock:
+            self._growth.make_room(1)
 
     # ------------------------------------------------------------ requests
 
@@ -184,8 +252,13 @@ class UnitService:
         match request:
             case Reserve():
                 return self._reserve(request, ticket)
+            case Pin() | Fetch() if not self._space.unconfirmed.isdisjoint(request.blocks.tolist()):
+                self._unconfirmed.append((request, ticket))
+                return None
             case Pin():
-                return self._space.pin(request.blocks, request.holder)
+                self._forget_granted(ticket)
+                self._check_room(blocks=len(request.blocks))
+                return self._space.pin(request.blocks, request.holder, (ticket.client_id, ticket.request_id))
             case Unpin():
                 return self._space.unpin(request.pin)
             case ReturnSpan():
@@ -195,13 +268,15 @@ class UnitService:
                 return Done(count=self._space.write(request.span, request.offset, frames))
             case Fetch():
                 return pack(self._space, request)
+            case ReadBlock():
+                return piece(self._space, request)
             case AbortBlocks():
                 return self._space.free(request.blocks)
             case FreeBlocks():
                 self._space.free(request.blocks)
                 return self._space.free_slots(request)
             case GetUnitStats():
-                return Report(entries={**self._space.stats(), "waiting": len(self._waiting)})
+                return Report(entries={**figures(self._space), "waiting": len(self._waiting)})
         raise WrongType(f"a storage unit does not serve {type(request).__name__}")
 
     def _reserve(self, request: Reserve, ticket: Ticket) -> Reserved | None:
@@ -210,95 +285,87 @@ class UnitService:
         if self._closed:
             raise ConnectionLost("the storage unit is closed")
         if aligned(request.size_bytes) > self._arenas.capacity_bytes:
-            raise self._no_space(request)
+            raise no_space(self._space, request, self._growth.full)
         if self.number:
-            reserved = self._space.reserve(request.size_bytes, request.holder)
-            self._grow_if_low()
+            self._forget_granted(ticket)
+            reserved = self._lend(request, ticket)
+            self._growth.make_room_if_low()
             if reserved is not None:
                 return reserved
-            self._grow_for(request.size_bytes)
+            self._growth.make_room(request.size_bytes)
         if request.timeout_s <= 0:
-            raise self._no_space(request)
+            raise no_space(self._space, request, self._growth.full)
         self._waiting.append(_Waiting(request, ticket, self._clock() + request.timeout_s))
         return None
 
+    def _lend(self, request: Reserve, ticket: Ticket) -> Reserved | None:
+        self._check_room()
+        return self._space.reserve(request.size_bytes, request.holder, (ticket.client_id, ticket.request_id))
+
+    def _check_room(self, blocks: int = 0) -> None:
+        """Raise `CapacityExceeded` if one more thing to be granted could not be written down."""
+        if self._log is not None:
+            self._log.check_room(len(self._space.facts) + 1, blocks)
+
+    def _forget_granted(self, ticket: Ticket) -> None:
+        """A request that comes again did not get what it was granted before the unit came back: that ends."""
+        granted = self._granted.pop((ticket.client_id, ticket.request_id), None) if self._granted else None
+        if granted is not None:
+            self._handle(granted, ticket)
+
     def _take_back(self, ticket: Ticket, reply: Any) -> None:
         self._waiting = [waiting for waiting in self._waiting if waiting.ticket is not ticket]
+        self._unconfirmed = [one for one in self._unconfirmed if one[1] is not ticket]
         match reply:
             case Reserved(span=span):
                 self._space.return_span(span)
             case Pinned(pin=pin):
                 self._space.unpin(pin)
 
-    def _serve_waiting(self) -> list[tuple[_Waiting, Reserved]]:
+    def _serve(self) -> None:
+        """Answer the reservations that there is space for now."""
+        with self._lock:
+            answers = self._serve_waiting()
+            self._save()
+        _answer_all(answers)
+
+    def _serve_waiting(self) -> list[tuple[Ticket, Reserved | TransferQueueError]]:
         """Try every parked reservation, in order; one that finds no space does not stand in the way of the next."""
         if not self.number:
             return []
-        served, still = [], []
+        answers: list[tuple[Ticket, Reserved | TransferQueueError]] = []
+        still = []
         for waiting in self._waiting:
-            reserved = self._space.reserve(waiting.request.size_bytes, waiting.request.holder)
+            try:
+                reserved = self._lend(waiting.request, waiting.ticket)
+            except TransferQueueError as error:
+                answers.append((waiting.ticket, error))
+                continue
             if reserved is None:
                 still.append(waiting)
             else:
-                served.append((waiting, reserved))
+                answers.append((waiting.ticket, reserved))
         self._waiting = still
         for waiting in still:
-            self._grow_for(waiting.request.size_bytes)
-        return served
+            self._growth.make_room(waiting.request.size_bytes)
+        return answers
 
-    def _no_space(self, request: Reserve) -> CapacityExceeded:
-        stats = self._space.stats()
-        needed, limit, free = aligned(request.size_bytes), stats["bytes_capacity"], stats["bytes_free"]
-        if needed > limit:
-            text = f"a block of {needed} bytes exceeds the capacity of the storage unit, {limit} bytes: put fewer rows"
-        else:
-            text = (
-                f"no capacity for a block of {needed} bytes within {request.timeout_s} s: of {limit} bytes {free} are "
-                f"free (not in one piece), {stats['bytes_live']} live, {stats['bytes_pinned']} pinned; clear samples "
-                "or raise capacity_bytes"
-            )
-        if self._full is not None:
-            text += f". The unit could not grow: {self._full.message}"
-        return CapacityExceeded(text, needed_bytes=needed, free_bytes=free, limit_bytes=limit)
-
-    # ------------------------------------------------------------ growing
-
-    def _grow_if_low(self) -> None:
-        """Have the next arena ready before the last one is full."""
-        arenas = self._arenas
-        room = arenas.capacity_bytes - arenas.total_bytes - arenas.growing_bytes
-        if arenas.members and arenas.free_bytes < arenas.arena_bytes // 4 and room >= arenas.arena_bytes:
-            self._grow_for(arenas.arena_bytes)
-
-    def _grow_for(self, size_bytes: int) -> None:
-        if self._growing or self._closed or self._clock() < self._retry_growth_at:
+    def _save(self) -> None:
+        """Write down what happened since the last time."""
+        facts = self._space.facts
+        if self._log is None:
+            facts.clear()
             return
-        planned = self._arenas.plan_growth(size_bytes)
-        if planned is not None:
-            self._growing = True
-            self._beside.submit(self._grow, planned)
+        if facts:
+            self._log.write(facts)
+        if self._log.wants_snapshot and not (facts or self._shortening or self._closed):
+            self._shortening = True
+            self._beside.submit(self._shorten, self._log.begin_snapshot(), all_facts(self._space))
 
-    def _grow(self, size_bytes: int) -> None:
-        try:
-            arena = self._arenas.create(size_bytes)
-        except CapacityExceeded as error:
-            with self._lock:
-                self._growing = False
-                self._arenas.give_up(size_bytes)
-                self._full = error
-                self._retry_growth_at = self._clock() + _RETRY_GROWTH_S
-            return
-        self._fill(arena)
-
-    def _fill(self, arena: Arena) -> None:
-        arena.fill()
+    def _shorten(self, writer: SnapshotWriter, facts: list[Fact]) -> None:
+        FactLog.finish_snapshot(writer, facts)
         with self._lock:
-            self._growing = False
-            self._full = None
-            self._arenas.add(arena)
-            answers = self._serve_waiting()
-        for waiting, reserved in answers:
-            waiting.ticket.answer(reserved)
+            self._shortening = False
 
     # ------------------------------------------------------------ the dead
 
@@ -322,9 +389,12 @@ class UnitService:
                 lost = None
         with self._lock:
             self._space.settle(spans, lost)
-            answers = self._serve_waiting()
-        for waiting, reserved in answers:
-            waiting.ticket.answer(reserved)
+        self._serve()
 
 
 _FREEING = (ReturnSpan, AbortBlocks, FreeBlocks, Unpin)
+
+
+def _answer_all(answers: list[tuple[Ticket, Reserved | TransferQueueError]]) -> None:
+    for ticket, answer in answers:
+        ticket.answer(answer)

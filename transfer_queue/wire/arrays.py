@@ -113,7 +113,7 @@ def _dtype_of(descr: Any) -> np.dtype[Any]:
         return _simple_dtype(descr)
     try:
         dtype = np.lib.format.descr_to_dtype(descr)
-    except (TypeError, ValueError, IndexError, SyntaxError, OverflowError, MemoryError) as error:
+    except (TypeError, ValueError, IndexError, SyntaxError, OverflowError, MemoryError, RecursionError) as error:
         raise DecodeError(f"not the description of a NumPy type: {error}") from error
     if dtype.hasobject or dtype.itemsize == 0 or dtype.isbuiltin == 2:
         raise DecodeError(f"a NumPy value of type {dtype} cannot be encoded")

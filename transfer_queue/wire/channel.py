@@ -18,6 +18,7 @@ from typing import Any
 from transfer_queue.errors import ConnectionLost, InvalidArgument, TransferQueueError, from_wire
 from transfer_queue.messages import Cancel, ErrorReply, Reply, Request
 from transfer_queue.wire.codec import encode_message
+from transfer_queue.wire.curve import check_key
 from transfer_queue.wire.link import Link
 from transfer_queue.wire.pool import LoopLink, Pool
 from transfer_queue.wire.ports import choose_address
@@ -37,8 +38,8 @@ class Peer:
     """One server. Usable from any thread and event loop, and after a fork.
 
     The first four arguments are what a server tells of itself: with a `nonce` that this process can read in `folder`,
-    `local_address` is used, else `address`; `transport` "tcp" asks for `address` in any case. Nothing is opened before
-    the first call.
+    `local_address` is used, else `address`; `transport` "tcp" asks for `address` in any case. With a `curve_key` TCP is
+    encrypted. Nothing is opened before the first call.
     """
 
     def __init__(
@@ -51,20 +52,23 @@ class Peer:
         token: bytes,
         client_id: str,
         transport: str = "auto",
+        curve_key: str = "",
         grace_s: float = GRACE_S,
     ) -> None:
         if len(client_id.encode()) > MAX_CLIENT_ID_BYTES - 2 * SUFFIX_BYTES - 1:
             raise InvalidArgument(f"the client id has {len(client_id)} characters: choose a shorter one")
         self.address = choose_address(local_address, folder, nonce, address, transport)
         self.client_id = client_id
+        check_key(curve_key)
         self._token = token
+        self._curve_key = curve_key
         self._grace_s = grace_s
         self._pool = self._new_pool()
 
     @classmethod
-    def at(cls, address: str, *, token: bytes, client_id: str, grace_s: float = GRACE_S) -> Peer:
+    def at(cls, address: str, *, token: bytes, client_id: str, curve_key: str = "", grace_s: float = GRACE_S) -> Peer:
         """Return the server at a known address, `unix:` or `tcp:`."""
-        return cls("", "", "", address, token=token, client_id=client_id, grace_s=grace_s)
+        return cls("", "", "", address, token=token, client_id=client_id, curve_key=curve_key, grace_s=grace_s)
 
     def __repr__(self) -> str:
         return f"<Peer {self.address} for client {self.client_id!r}{': closed' if self._pool.closed else ''}>"
@@ -139,14 +143,15 @@ class Peer:
 
     def open_link(self, bell_fd: int, on_push: Callable[[Any], None], on_welcome: Callable[[], None]) -> Link:
         """Return a link apart, for one who listens to what the server pushes; see `Link`. The caller closes it."""
-        name = name_on_wire(self.client_id)
-        return Link(self.address, self._token, name, bell_fd=bell_fd, on_push=on_push, on_welcome=on_welcome)
+        return self._link(name_on_wire(self.client_id), bell_fd, on_push=on_push, on_welcome=on_welcome)
 
     # ------------------------------------------------------------ inside
 
     def _new_pool(self) -> Pool:
-        name = name_on_wire(self.client_id)
-        return Pool(lambda bell_fd: Link(self.address, self._token, name, bell_fd=bell_fd))
+        return Pool(functools.partial(self._link, name_on_wire(self.client_id)))
+
+    def _link(self, name: str, bell_fd: int, **told: Callable[..., None]) -> Link:
+        return Link(self.address, self._token, name, bell_fd=bell_fd, curve_key=self._curve_key, **told)
 
     def _pool_now(self) -> Pool:
         """Return the pool of this process. That of the parent is left alone: its locks may be held for ever here."""

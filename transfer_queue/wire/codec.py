@@ -13,18 +13,19 @@ again: their bytes are the key of a cache.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import struct
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from transfer_queue.errors import DecodeError, EncodeError
 from transfer_queue.messages import MESSAGE_TYPES
+from transfer_queue.wire.nesting import check_entries, encodable
 from transfer_queue.wire.values import Packing, Unpacking, pack_int64s, pack_value, unpack_value
 
 __all__ = [
@@ -130,8 +131,9 @@ def decode(frames: Sequence[Any], header: Header | None = None) -> tuple[int, An
     values = unpacking.unpack(unpacking.split(frames[1]))
     unpacking.finish()
     if type(values) is list and plan.frames is not None and len(values) == len(plan.names):
-        if values[plan.frames] != len(frames) - 2:
-            raise DecodeError(f"{cls.__name__} claims {values[plan.frames]} further frames and has {len(frames) - 2}")
+        claimed = values[plan.frames]
+        if type(claimed) is not int or claimed != len(frames) - 2:
+            raise DecodeError(f"{cls.__name__} claims {claimed!r:.40} further frames and has {len(frames) - 2}")
         values[plan.frames] = tuple(frames[2:])
     return header.request_id, _build(plan, values)
 
@@ -246,6 +248,8 @@ def _encoder(hint: Any) -> _Convert | None:
         origin = typing.get_origin(member)
         if member in _CODES:
             return lambda value: None if value is None else _nested_values(value)
+        if origin is dict:
+            return lambda value: None if value is None else encodable(value)
         if origin is np.ndarray:
             return _encode_int64s
         if origin is tuple and not _is_frames(member):
@@ -333,9 +337,11 @@ def _nested_decoder(cls: type[Any]) -> _Convert:
 
 def _decode_float(value: float) -> float:
     try:
-        return float(value)
+        if not math.isnan(value):  # it would break the order of deadlines
+            return float(value)
     except OverflowError:
         raise _Mismatch("a number beyond the range of float") from None
+    raise _Mismatch("not a number")
 
 
 def _decode_int64s(array: Any) -> Any:
@@ -345,15 +351,15 @@ def _decode_int64s(array: Any) -> Any:
 
 
 def _decode_dict(entries: Any) -> Any:
-    _check_keys(entries)
+    _check_entries((entries,))
     return entries
 
 
-def _check_keys(keys: Iterable[Any]) -> None:
+def _check_entries(dicts: Iterable[dict[Any, Any]]) -> None:
     try:
-        "".join(keys)
-    except TypeError:
-        raise _Mismatch("a dict with keys other than str") from None
+        check_entries(dicts)
+    except ValueError as error:
+        raise _Mismatch(str(error)) from None
 
 
 def _tuple_decoder(hint: Any) -> _Convert:
@@ -367,7 +373,7 @@ def _tuple_decoder(hint: Any) -> _Convert:
         if not allowed.issuperset(map(type, items)):
             raise _Mismatch(f"a tuple with elements other than {_names(allowed)}")
         if dict in allowed:
-            _check_keys(chain.from_iterable(filter(None, items)))
+            _check_entries(filter(None, items))
         return tuple(items) if inner is None else tuple(map(inner, items))
 
     return convert

@@ -1,4 +1,4 @@
-"""The two ways into a server: a Unix socket for its host, a ROUTER socket of ZeroMQ for TCP.
+"""The way into a server for its host: a Unix socket. The one for others is `wire.tcp`.
 
 Both belong to the thread of the server. `Watch` tells it which descriptor is ready; what arrived goes to `take` as
 (channel, frames), and a channel is what `send` wants to have back.
@@ -7,7 +7,6 @@ Both belong to the thread of the server. `Watch` tells it which descriptor is re
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
@@ -15,12 +14,10 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
-import zmq
-
 from transfer_queue.errors import ConnectionLost
-from transfer_queue.wire import zeromq
+from transfer_queue.wire import strangers
 from transfer_queue.wire.holders import lives, pid_behind
-from transfer_queue.wire.ports import random_ports, tcp_address, unix_address
+from transfer_queue.wire.ports import unix_address
 from transfer_queue.wire.security import Gate
 from transfer_queue.wire.stream import LINGER_S, MOST_BYTES, Stream
 
@@ -86,8 +83,9 @@ class UnixDoor:
         self._take = take
         self._gate = gate
         self._visitors: dict[int, Visitor] = {}
+        self._strangers: dict[Visitor, float] = {}  # since when; they have not proved the token
         self._busy: dict[Visitor, None] = {}
-        self.paused = False  # no new connections: no descriptor or no memory is left
+        self.paused = False  # no new connections: too many strangers, or no descriptor or no memory is left
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
         try:
@@ -138,20 +136,46 @@ class UnixDoor:
                 self._take_turn(visitor)
             else:
                 self._end(visitor)
+        before = time.monotonic() - strangers.PROVE_WITHIN_S
+        for visitor in [one for one, since in self._strangers.items() if since < before]:
+            self._end(visitor)
         self._resume()
 
+    @property
+    def expecting(self) -> bool:
+        """Whether `look_round` has something to wait for."""
+        return self.paused or bool(self._strangers)
+
     def _accept(self) -> None:
+        if not self._has_room():
+            self._pause()
+            return
         try:
             connected, _ = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:
-            self.paused = True
-            self._watch.remove(self._socket.fileno())
+            self._pause()
             return
         visitor = Visitor(Stream(connected, _STRANGER_BYTES), pid_behind(connected))
         self._visitors[visitor.stream.fd] = visitor
+        self._strangers[visitor] = time.monotonic()
         self._watch.add(visitor.stream.fd, lambda: self._receive(visitor))
+
+    def _has_room(self) -> bool:
+        """Whether another stranger may come; the oldest one makes room, if it had time enough to prove the token."""
+        if len(self._strangers) < strangers.MOST_STRANGERS:
+            return True
+        oldest, since = next(iter(self._strangers.items()))
+        if time.monotonic() - since < strangers.YOUNG_S:
+            return False
+        self._end(oldest)
+        return True
+
+    def _pause(self) -> None:
+        if not self.paused:
+            self.paused = True
+            self._watch.remove(self._socket.fileno())
 
     def _resume(self) -> None:
         if self.paused:
@@ -175,6 +199,8 @@ class UnixDoor:
             self._take(visitor, frames)
             if not visitor.trusted and self._gate.client_of(visitor) is not None:
                 visitor.trusted, stream.limit_bytes = True, MOST_BYTES
+                del self._strangers[visitor]
+                self._resume()
         stream.flush()
         self._watch_sending(visitor)
         if visitor.next is not None:
@@ -185,9 +211,10 @@ class UnixDoor:
     def _end(self, visitor: Visitor, linger_s: float = 0.0) -> None:
         del self._visitors[visitor.stream.fd]
         self._busy.pop(visitor, None)
+        self._strangers.pop(visitor, None)
         self._watch.remove(visitor.stream.fd)
         visitor.stream.close(linger_s)
-        self._gate.forget(visitor)
+        self._gate.forget(visitor, visitor.pid)
         self._resume()
 
     def _watch_sending(self, visitor: Visitor) -> None:
@@ -208,70 +235,3 @@ def _remove_dead_socket(path: str) -> None:
         else:
             if not lives(pid_behind(probe)):
                 os.unlink(path)
-
-
-class TcpDoor:
-    """Listens at a port. Its channels are the identities that ZeroMQ gives to connections."""
-
-    def __init__(self, host: str, port: int, watch: Watch, take: Take) -> None:
-        """`port` 0 takes a free one. Raises `ConnectionLost` if it cannot be bound."""
-        self._take = take
-        self._watch = watch
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        zeromq.configure(self._socket, ipv6=":" in host)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        try:
-            self.address = self._bind(host, port)
-        except BaseException:
-            self._end_sockets()
-            raise
-        self._fd = int(self._socket.getsockopt(zmq.FD))
-        self.stirred = True
-        watch.add(self._fd, self._stir)
-
-    def _stir(self) -> None:
-        """Something changed, or the signal of it may have been swallowed by a `send`: `receive` has to look."""
-        self.stirred = True
-
-    def receive(self) -> None:
-        """Take what has arrived, at most some hundred messages; `stirred` tells whether there may be more."""
-        for _ in range(_BATCH):
-            if not zeromq.is_readable(self._socket):
-                self.stirred = False
-                return
-            identity, *frames = zeromq.receive(self._socket, envelope=1)
-            if frames:
-                self._take(identity, frames)
-
-    def send(self, channel: bytes, frames: Sequence[Any]) -> bool:
-        """Send at once; return whether the connection is there."""
-        self._stir()
-        try:
-            zeromq.send(self._socket, [channel, *frames], envelope=1)
-        except zmq.ZMQError as error:
-            if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
-                return False
-            raise
-        return True
-
-    def close(self) -> None:
-        self._watch.remove(self._fd)
-        self._end_sockets()
-
-    def _end_sockets(self) -> None:
-        self._socket.close()
-        self._context.term()
-
-    def _bind(self, host: str, port: int) -> str:
-        error: zmq.ZMQError | None = None
-        for attempt in [port] if port else random_ports():
-            try:
-                self._socket.bind(tcp_address(host, attempt))
-                return tcp_address(host, attempt)
-            except zmq.ZMQError as refused:
-                error = refused
-                if refused.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    break
-        tried = tcp_address(host, port) if port else f"any free port of {host}"
-        raise ConnectionLost(f"cannot listen at {tried}: {error}; choose another host or port") from error

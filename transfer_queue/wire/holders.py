@@ -6,7 +6,9 @@ import functools
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transfer_queue.messages import ProcessId
 
@@ -18,6 +20,24 @@ _STATE, _START_TIME = 0, 19  # fields of /proc/<pid>/stat behind the name
 def process_id() -> ProcessId:
     """Return the identity of this process; a forked child has its own."""
     return _process_id(os.getpid())
+
+
+def identify(pid: int) -> ProcessId | None:
+    """Return the identity of another process of this host; None if there is none of this id."""
+    stat = _stat(pid)
+    if stat is None or stat[_STATE] in _DEAD_STATES:
+        return None
+    return ProcessId(host=host_id(), pid=pid, start_time=float(stat[_START_TIME]))
+
+
+def to_record(process: ProcessId) -> dict[str, Any]:
+    """Return the identity as JSON has it."""
+    return {"host": process.host, "pid": process.pid, "start_time": process.start_time}
+
+
+def from_record(record: Mapping[str, Any]) -> ProcessId:
+    """Rebuild what `to_record` described. Raises `KeyError` or `TypeError` if it is something else."""
+    return ProcessId(host=record["host"], pid=record["pid"], start_time=record["start_time"])
 
 
 def is_alive(process: ProcessId) -> bool:

@@ -15,9 +15,16 @@ import zmq
 
 from transfer_queue.errors import ConnectionLost
 from transfer_queue.wire import zeromq
+from transfer_queue.wire.curve import connect_encrypted
 from transfer_queue.wire.holders import lives, pid_behind
 from transfer_queue.wire.ports import is_unix_address, unix_path
 from transfer_queue.wire.stream import LINGER_S, Stream
+
+_AGREEMENT_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zeromq.REFUSED_EVENTS
+_MOST_FAILED = 3  # one may come from a server that was stopped just then
+_ENCRYPTED = "the server encrypts (security.encrypt): connect with the `curve_key` of its endpoint information"
+_NOT_ENCRYPTED = "the server does not encrypt, though its endpoint information has a `curve_key`: take the present one"
+_WRONG_KEY = "the server does not have the key of the endpoint information: take address, token and key from one source"
 
 
 class Line(Protocol):
@@ -64,17 +71,26 @@ class Line(Protocol):
     def give_up(self) -> None:
         """End a connection whose other end does not answer any more."""
 
+    @property
+    def examining(self) -> bool:
+        """Whether `examine` was called and has to be called again soon."""
+
+    def examine(self) -> str | None:
+        """Find out, over some calls, whether the server refuses the connection as such; return what to do then."""
+
     def close(self, *, linger: bool = True) -> None:
         """End it for good; `linger`: after a moment for what could not be sent yet."""
 
 
-def open_line(address: str, bell_fd: int) -> Line:
+def open_line(address: str, bell_fd: int, curve_key: str = "") -> Line:
     """Return a line to an address. `bell_fd` ends a wait when it becomes readable.
 
-    Raises `ConnectionLost` if the process has no descriptor left.
+    `curve_key` encrypts TCP, see `wire.curve`. Raises `ConnectionLost` if the process has no descriptor left.
     """
     try:
-        return UnixLine(unix_path(address), bell_fd) if is_unix_address(address) else ZmqLine(address, bell_fd)
+        if is_unix_address(address):
+            return UnixLine(unix_path(address), bell_fd)
+        return ZmqLine(address, bell_fd, curve_key)
     except (zmq.ZMQError, OSError) as error:
         raise ConnectionLost(f"cannot connect to {address}: {error}") from error
 
@@ -83,6 +99,7 @@ class UnixLine:
     """To a server of this host."""
 
     edge_triggered = False
+    examining = False
 
     def __init__(self, path: str, bell_fd: int) -> None:
         self._path = path
@@ -156,6 +173,9 @@ class UnixLine:
         if self._stream is not None:
             self._end(self._stream)
 
+    def examine(self) -> str | None:
+        return None
+
     def close(self, *, linger: bool = True) -> None:
         if self._stream is not None:
             self._end(self._stream, LINGER_S if linger else 0.0)
@@ -180,11 +200,17 @@ class ZmqLine:
     sending = False
     orphaned = False
 
-    def __init__(self, address: str, bell_fd: int) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    def __init__(self, address: str, bell_fd: int, curve_key: str = "") -> None:
+        self._address = address
+        self._encrypted = bool(curve_key)
+        self._monitor: zeromq.Monitor | None = None
+        self._failed = 0  # attempts in a row that ended before the two sides agreed
+        self._socket: zmq.Socket[bytes] = zeromq.client_context().socket(zmq.DEALER)
         zeromq.configure(self._socket, ipv6="[" in address)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 250)
+        if curve_key:
+            connect_encrypted(self._socket, curve_key)
         self._socket.connect(address)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -214,7 +240,33 @@ class ZmqLine:
     def next(self) -> list[Any] | None:
         return zeromq.receive(self._socket) if zeromq.is_readable(self._socket) else None
 
-    def give_up(self) -> None: ...  # ZeroMQ does, by its heartbeats
+    def give_up(self) -> None:
+        """Connect anew. ZeroMQ does so by itself, but never again after something that was not ZeroMQ answered."""
+        self._socket.disconnect(self._address)
+        self._socket.connect(self._address)
+
+    @property
+    def examining(self) -> bool:
+        return self._monitor is not None
+
+    def examine(self) -> str | None:
+        if self._monitor is None:
+            self._monitor = zeromq.Monitor(self._socket, _AGREEMENT_EVENTS)
+            self.give_up()
+            return None
+        for event, _ in self._monitor.take():
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._failed = 0
+            elif event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                return self._mismatch()
+            else:
+                self._failed += 1
+        return _WRONG_KEY if self._encrypted and self._failed >= _MOST_FAILED else None
 
     def close(self, *, linger: bool = True) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
         self._socket.close(linger=None if linger else 0)
+
+    def _mismatch(self) -> str:
+        return _NOT_ENCRYPTED if self._encrypted else _ENCRYPTED

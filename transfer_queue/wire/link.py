@@ -24,6 +24,7 @@ Resolve: TypeAlias = Callable[[Answer], None]
 MOST_IN_FLIGHT = 4096
 PROBE_AFTER_S = 1.5  # a server that works pings a waiting client each second
 RECONNECT_S = 0.05
+EXAMINE_S = 0.1
 RECEIVE_BATCH = 256
 
 _MOST_UNANSWERED = 5  # probes
@@ -48,6 +49,7 @@ class Link:
         client_id: str,
         *,
         bell_fd: int,
+        curve_key: str = "",
         on_push: Callable[[Any], None] = lambda message: None,
         on_welcome: Callable[[], None] = lambda: None,
     ) -> None:
@@ -55,11 +57,12 @@ class Link:
         self.owner: int | None = None
         self.torn = False  # interrupted within a message: of no use any more
         self._introduction = Introduction(token, client_id)
+        self._address = address
         self._on_push = on_push
         self._on_welcome = on_welcome
         self._waiting: dict[int, _Sent] = {}
         self._unsent: list[list[Any]] = []
-        self._line = open_line(address, bell_fd)
+        self._line = open_line(address, bell_fd, curve_key)
         self._heard = self._probed = time.monotonic()
         self._unanswered = 0  # probes since something was heard
         self._greet()
@@ -91,7 +94,9 @@ class Link:
     @property
     def patience_s(self) -> float:
         """How long the server may be quiet before `probe` is due."""
-        return PROBE_AFTER_S if self._line.connected else RECONNECT_S
+        if not self._line.connected:
+            return RECONNECT_S
+        return EXAMINE_S if self._line.examining and not self._introduction.welcomed else PROBE_AFTER_S
 
     def post(self, request_id: int, frames: list[Any], resolve: Resolve, *, hold: bool = False) -> None:
         """Send a request (`hold`: with the next `flush`); `resolve` gets its reply, or what ended the link."""
@@ -162,6 +167,8 @@ class Link:
         now = time.monotonic()
         if self.failure is not None or self.torn:
             return
+        if self._line.examining and not self._introduction.welcomed and self._refused():
+            return
         quiet = now - max(self._heard, self._probed) >= PROBE_AFTER_S
         if self._line.connected and quiet and (self._unanswered > _MOST_UNANSWERED or self._line.orphaned):
             self._line.give_up()
@@ -174,7 +181,7 @@ class Link:
         elif self._introduction.welcomed:
             self._send([signal(Kind.PROBE)])
             self._unanswered += 1
-        else:
+        elif not (self._unanswered and self._refused()):
             self._greet()
             self._unanswered += 1
             if not self._waiting:
@@ -199,6 +206,13 @@ class Link:
 
     # ------------------------------------------------------------ inside
 
+    def _refused(self) -> bool:
+        """Find out whether the server lets no connection in that is made like this one."""
+        reason = self._line.examine()
+        if reason is not None:
+            self.fail(NotAuthorized(f"{self._address} refuses the connection: {reason}"))
+        return reason is not None
+
     def _greet(self) -> None:
         self._line.send([self._introduction.hello()])
 
@@ -206,7 +220,7 @@ class Link:
         kind = frames[0][0] if len(frames[0]) else None
         if kind == Kind.MESSAGE:
             self._take_message(frames)
-        elif kind not in (Kind.PING, Kind.ALIVE, None):
+        elif kind not in (Kind.PING, Kind.ALIVE):
             answer = self._introduction.receive(frames[0])
             if answer is not None:
                 self._send([answer])

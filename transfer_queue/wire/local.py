@@ -99,12 +99,19 @@ class LocalPeer:
             self._submit(request, Ticket(self.name, 0, self._channel, request, lambda ticket, answer: None))
 
     def close(self) -> None:
-        """End calls under way with `ConnectionLost`. May be called twice. The handler is not touched otherwise."""
+        """End calls under way with `ConnectionLost`; the handler hears that this client is gone. May be called twice.
+
+        Does nothing in a forked child: the client lives on in the parent.
+        """
+        if os.getpid() != self._pid:
+            return
         with self._lock:
-            self._closed = True
+            first, self._closed = not self._closed, True
             pending, self._under_way = self._under_way, set()
         for each in pending:
             each.give_up()
+        if first:
+            guarded(self._handler.gone, self.name)
 
     # ------------------------------------------------------------ inside
 

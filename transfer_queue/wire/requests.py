@@ -10,16 +10,23 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
-from transfer_queue.errors import ConnectionLost
+from transfer_queue.errors import ConnectionLost, DecodeError
 from transfer_queue.messages import (
+    MESSAGE_TYPES,
     AbortGroup,
+    Ack,
+    Admit,
     Clear,
     Draw,
+    Drop,
     Pin,
     Put,
     RegisterSampler,
+    Release,
+    Renew,
     Reply,
     Reserve,
     ResetConsumption,
@@ -29,8 +36,14 @@ from transfer_queue.messages import (
 from transfer_queue.wire.security import Bounded
 from transfer_queue.wire.ticket import Ticket
 
-GIVEN_BACK = (Draw, Reserve, Pin)  # an answer that nobody gets is taken back, so the request may run again
-REMEMBERED = (*GIVEN_BACK, Put, SetTags, Clear, ResetConsumption, SealGroup, AbortGroup, RegisterSampler)
+GIVEN_BACK = (Draw, Reserve, Pin, Admit)  # an answer that nobody gets is taken back, so the request may run again
+_LASTING = (
+    *(Put, SetTags, Clear, ResetConsumption, SealGroup, AbortGroup, RegisterSampler),
+    *(Ack, Release, Renew, Drop),
+)
+REMEMBERED = (*GIVEN_BACK, *_LASTING)
+
+_CODES = {cls: code for code, cls in MESSAGE_TYPES.items()}
 
 
 def name_on_wire(client_id: str) -> str:
@@ -76,91 +89,166 @@ _IDLE_S = 600.0
 _SWEEP_S = 10.0
 
 
+Dumped: TypeAlias = tuple[str, int, int, list[tuple[int, int, Reply]]]
+"""Client id, floor, forgotten, [(request id, code of the request's type, reply)]."""
+
+
 class Answered(NamedTuple):
-    """An answer that was sent, and to which request."""
+    """An answer that was given, and to which request. The ticket has no request any more once the answer was sent."""
 
     ticket: Ticket
+    kind: type[Any]
     reply: Reply
 
 
 class _Client:
     __slots__ = ("answers", "floor", "forgotten", "heard", "waiting")
 
-    def __init__(self) -> None:
-        self.heard = 0.0
-        self.floor = 0
-        self.forgotten = 0  # highest id whose answer had to make room for others
+    def __init__(self, floor: int = 0, forgotten: int = 0) -> None:
+        self.heard = time.monotonic()
+        self.floor = floor
+        self.forgotten = forgotten  # highest id whose answer had to make room for others
         self.waiting: dict[int, Ticket] = {}
         self.answers: OrderedDict[int, Answered] = OrderedDict()
 
+    def keep(self, answered: Answered, most: int) -> None:
+        """Note an answer; the one that was given first makes room if there are too many."""
+        if answered.ticket.request_id < self.floor:
+            return
+        self.answers[answered.ticket.request_id] = answered
+        if len(self.answers) > most:
+            self.forgotten = max(self.forgotten, self.answers.popitem(last=False)[0])
+
+    def raise_floor(self, floor: int) -> None:
+        """Forget what the client does not wait for any more."""
+        self.floor = max(self.floor, floor)
+        while self.answers and next(iter(self.answers)) < self.floor:
+            self.answers.popitem(last=False)
+
 
 class RequestTable:
-    """The requests of all clients, used by the server thread alone.
+    """The requests of all clients. Thread safe: answers are noted by whoever gives them.
 
     Bounded in clients and in answers of each; clients without requests under way are forgotten after ten minutes.
+    What was answered outlives the server by `dump` and `load`, and by `restore` for what came after the dump.
     """
 
     def __init__(self, *, clients: int = 4096, answers: int = 4096) -> None:
         self._clients: Bounded[str, _Client] = Bounded(clients)
         self._answers = answers
         self._next_sweep = 0.0
+        self._lock = threading.Lock()
 
     def find(self, client_id: str, request_id: int, floor: int) -> Ticket | Answered | None:
         """Return what is known of a request: its ticket if it waits, its answer if it had one, None if it is new.
 
         Raises `ConnectionLost` if it may have been answered, but the answer is not known any more.
         """
-        client = self._clients.get(client_id)
-        if client is None:
-            client = _Client()
-            self._clients.put(client_id, client)
-        client.heard = time.monotonic()
-        if client.heard >= self._next_sweep:
-            self._next_sweep = client.heard + _SWEEP_S
-            self._forget_idle(client.heard - _IDLE_S)
-        client.floor = max(client.floor, floor)
-        while client.answers and next(iter(client.answers)) < client.floor:
-            client.answers.popitem(last=False)
-        found = client.waiting.get(request_id) or client.answers.get(request_id)
-        if found is None and (request_id < client.floor or request_id <= client.forgotten):
-            raise ConnectionLost(
-                f"the outcome of request {request_id} of client {client_id!r} is not known any more: look at the data",
-                request_id=request_id,
-            )
-        return found
+        with self._lock:
+            client = self._client(client_id)
+            client.heard = time.monotonic()
+            if client.heard >= self._next_sweep:
+                self._next_sweep = client.heard + _SWEEP_S
+                self._forget_idle(client.heard - _IDLE_S)
+            client.raise_floor(floor)
+            found = client.waiting.get(request_id) or client.answers.get(request_id)
+            if found is None and (request_id < client.floor or request_id <= client.forgotten):
+                raise ConnectionLost(
+                    f"the outcome of request {request_id} of client {client_id!r} is not known any more: look at the "
+                    "data",
+                    request_id=request_id,
+                )
+            return found
 
     def wait(self, ticket: Ticket) -> None:
         """Note a new request."""
-        client = self._clients.get(ticket.client_id)
-        if client is not None:
-            client.waiting[ticket.request_id] = ticket
+        with self._lock:
+            self._client(ticket.client_id).waiting[ticket.request_id] = ticket
 
     def answered(self, ticket: Ticket, reply: Reply) -> None:
         """Note the answer, if sending the request again must not do it again."""
-        client = self._clients.get(ticket.client_id)
-        if client is None:
-            return
-        client.waiting.pop(ticket.request_id, None)
-        if isinstance(ticket.request, REMEMBERED) and ticket.request_id >= client.floor:
-            client.answers[ticket.request_id] = Answered(ticket, reply)
-            if len(client.answers) > self._answers:
-                client.forgotten = max(client.forgotten, client.answers.popitem(last=False)[0])
+        with self._lock:
+            client, kind = self._client(ticket.client_id), type(ticket.request)
+            waited = client.waiting.get(ticket.request_id) is ticket
+            if waited:
+                del client.waiting[ticket.request_id]
+            if kind in (REMEMBERED if waited else _LASTING):
+                client.keep(Answered(ticket, kind, reply), self._answers)
 
     def withdraw(self, client_id: str, request_id: int) -> Ticket | Answered | None:
         """Return what has to be taken back when nobody waits for a request any more, and forget it.
 
         That is its ticket if it waits, its answer if it is of a kind that is given back, else None.
         """
+        with self._lock:
+            client = self._clients.get(client_id)
+            if client is None:
+                return None
+            answered = client.answers.get(request_id)
+            if answered is None:
+                return client.waiting.pop(request_id, None)
+            return client.answers.pop(request_id) if answered.kind in GIVEN_BACK else None
+
+    def discard(self, ticket: Ticket) -> None:
+        """Forget that this request waits, or its answer if that was given back."""
+        with self._lock:
+            client = self._clients.get(ticket.client_id)
+            if client is None:
+                return
+            if client.waiting.get(ticket.request_id) is ticket:
+                del client.waiting[ticket.request_id]
+            answered = client.answers.get(ticket.request_id)
+            if answered is not None and answered.ticket is ticket and answered.kind in GIVEN_BACK:
+                del client.answers[ticket.request_id]
+
+    # ------------------------------------------------------------ over a restart
+
+    def dump(self) -> list[Dumped]:
+        """Return all that was answered; requests under way are sent again by their clients."""
+        with self._lock:
+            return [
+                (client_id, client.floor, client.forgotten, [_dumped(each) for each in client.answers.values()])
+                for client_id, client in self._clients.items()
+            ]
+
+    def load(self, dumped: Iterable[Sequence[Any]]) -> None:
+        """Take over what another table dumped. Raises `DecodeError` for what no table can have dumped."""
+        with self._lock:
+            for client_id, floor, forgotten, answers in dumped:
+                client = _Client(floor, forgotten)
+                self._clients.put(client_id, client)
+                for request_id, code, reply in answers:
+                    if code not in MESSAGE_TYPES:
+                        raise DecodeError(f"request {request_id} of client {client_id!r} has the unknown type {code}")
+                    client.keep(_restored(client_id, request_id, MESSAGE_TYPES[code], reply), self._answers)
+
+    def restore(self, client_id: str, request_id: int, request: Any, reply: Reply) -> None:
+        """Note that a request (or a request of this type) was answered. The floor comes with the next message."""
+        kind = request if isinstance(request, type) else type(request)
+        if request_id and kind in REMEMBERED:
+            with self._lock:
+                restored = _restored(client_id, request_id, kind, reply)
+                self._client(client_id).keep(restored, self._answers)
+
+    # ------------------------------------------------------------ inside, under the lock
+
+    def _client(self, client_id: str) -> _Client:
         client = self._clients.get(client_id)
         if client is None:
-            return None
-        answered = client.answers.get(request_id)
-        if answered is None:
-            return client.waiting.pop(request_id, None)
-        if not isinstance(answered.ticket.request, GIVEN_BACK):
-            return None
-        return client.answers.pop(request_id)
+            client = _Client()
+            self._clients.put(client_id, client)
+        return client
 
     def _forget_idle(self, before: float) -> None:
         while (oldest := self._clients.oldest()) is not None and oldest[1].heard < before and not oldest[1].waiting:
             self._clients.pop(oldest[0])
+
+
+def _restored(client_id: str, request_id: int, kind: type[Any], reply: Reply) -> Answered:
+    ticket = Ticket(client_id, request_id, None, None, lambda ticket, answer: None)
+    ticket.answered = True
+    return Answered(ticket, kind, reply)
+
+
+def _dumped(answered: Answered) -> tuple[int, int, Reply]:
+    return answered.ticket.request_id, _CODES[answered.kind], answered.reply

@@ -10,7 +10,8 @@ The client's nonce names the attempt: answers to an earlier HELLO of the same co
 Proofs are HMAC-SHA256 under the token with a label per direction, so neither side's proof can be played back to the
 other. The server assigns identities to connections, so none can be claimed. Whatever else an identity sends that the
 server does not know (never welcomed, forgotten, or the server is a new one) is answered by WHO and not looked at;
-the client then starts over with HELLO, and sends again what it still waits for.
+the client then starts over with HELLO, and sends again what it still waits for. Over TCP an empty frame means WHO as
+well: each new connection begins with one, so that a client notices at once that ZeroMQ connected it to a new server.
 
 Once welcomed: MESSAGE (see `wire.codec`), PROBE from a client that has heard nothing for a while (answered by
 ALIVE), and PING from a server to a client that waits.
@@ -31,6 +32,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from transfer_queue.errors import DecodeError, NotAuthorized, ProtocolMismatch
 from transfer_queue.messages import PROTOCOL_VERSION
+from transfer_queue.wire.presence import Presence
 
 TOKEN_BYTES = 32
 MAX_CLIENT_ID_BYTES = 256
@@ -104,7 +106,7 @@ class Introduction:
         A server that does not prove the token gets a proof all the same, which tells it nothing, so that it can
         count the attempt; then, or when it refuses, `NotAuthorized` is raised. Raises `ProtocolMismatch` too.
         """
-        match frame[0]:
+        match frame[0] if len(frame) else Kind.WHO:
             case Kind.WHO:
                 return None if self._greeting else self.hello()
             case Kind.CHALLENGE:
@@ -158,14 +160,18 @@ class Bounded(Generic[K, V]):
             self._entries.move_to_end(key)
         return value
 
-    def put(self, key: K, value: V) -> None:
+    def put(self, key: K, value: V) -> tuple[K, V] | None:
+        """Add an entry; return the one that had to make room for it."""
         self._entries[key] = value
         self._entries.move_to_end(key)
-        if len(self._entries) > self._capacity:
-            self._entries.popitem(last=False)
+        return self._entries.popitem(last=False) if len(self._entries) > self._capacity else None
 
     def pop(self, key: K) -> V | None:
         return self._entries.pop(key, None)
+
+    def items(self) -> list[tuple[K, V]]:
+        """Return all entries, the one that was not used for longest first."""
+        return list(self._entries.items())
 
     def oldest(self) -> tuple[K, V] | None:
         """Return the entry that was not used for longest."""
@@ -185,6 +191,7 @@ class Gate:
         self._token = token
         self._clients: Bounded[Hashable, str] = Bounded(known)
         self._strangers: Bounded[Hashable, _Stranger] = Bounded(strangers)
+        self.presence = Presence()
         self.auth_failures = 0
 
     def client_of(self, identity: Hashable) -> str | None:
@@ -203,15 +210,21 @@ class Gate:
         if not hmac.compare_digest(frame[1:], stranger.proof):
             self.auth_failures += 1
             return _VERDICT.pack(Kind.REFUSED, stranger.attempt)
-        self._clients.put(identity, stranger.client_id)
+        evicted = self._clients.put(identity, stranger.client_id)
+        if evicted is not None:
+            self.presence.overlook(evicted[1], evicted[0])
+        self.presence.come(stranger.client_id, identity)
         return _VERDICT.pack(Kind.WELCOME, stranger.attempt)
 
-    def forget(self, identity: Hashable) -> None:
-        self._clients.pop(identity)
+    def forget(self, identity: Hashable, pid: int = 0) -> None:
+        """The connection ended, or starts over. `pid`: of the process behind it, where that is known."""
+        client_id = self._clients.pop(identity)
+        if client_id is not None:
+            self.presence.leave(client_id, identity, pid)
         self._strangers.pop(identity)
 
     def _challenge(self, identity: Hashable, frame: bytes) -> bytes:
-        self._clients.pop(identity)
+        self.forget(identity)
         if len(frame) < _HELLO.size:
             return signal(Kind.WHO)
         _, magic, version, attempt = _HELLO.unpack_from(frame)

@@ -2,7 +2,8 @@
 
 Each turn of the loop does what is due, reads what arrived, hands requests to the handler and sends what was answered.
 The handler decides everything; answers may come from any thread. What is sent to a peer that is gone comes back to the
-handler as `lost`. Clients that wait longer than a second are pinged, so that their death is noticed.
+handler as `lost`. Clients that wait longer than a second, or hold what goes back when they are gone, are looked at each
+second, so that their death is noticed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from transfer_queue.messages import Reply
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.codec import encode_message
+from transfer_queue.wire.curve import CurveKeys
 from transfer_queue.wire.desk import Desk
-from transfer_queue.wire.doors import TcpDoor, UnixDoor, Visitor, Watch
-from transfer_queue.wire.ticket import Answer, Handler, Ticket
+from transfer_queue.wire.doors import UnixDoor, Visitor, Watch
+from transfer_queue.wire.requests import RequestTable
+from transfer_queue.wire.tcp import TcpDoor
+from transfer_queue.wire.ticket import Handler, Ticket, guarded
 
 __all__ = ["Handler", "Server", "Ticket"]
 
@@ -32,6 +37,8 @@ class Server:
     `local_path`   socket file, at most 100 bytes, in a folder of the session; None: none
     `tcp_host`     address to listen at and to tell others; None: no tcp
     `tcp_port`     0 takes a free one outside the range of outgoing connections
+    `curve`        keys that encrypt tcp; a server that is started again needs the same; None: no encryption
+    `requests`     what an earlier life of this server answered
     """
 
     def __init__(
@@ -42,11 +49,14 @@ class Server:
         local_path: str | None,
         tcp_host: str | None = "127.0.0.1",
         tcp_port: int = 0,
+        curve: CurveKeys | None = None,
+        requests: RequestTable | None = None,
         name: str = "server",
     ) -> None:
-        self._desk = Desk(handler, token, self._send, self._deliver)
+        self._desk = Desk(handler, token, self._send, self._reaches, self._deliver, requests)
         self._outbox: deque[Callable[[], None]] = deque()
         self._next_ping = time.monotonic() + PING_INTERVAL_S
+        self._active = False  # something came since the last round of pings
         self._bell = Bell()
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name=f"transfer_queue {name}", daemon=True)
@@ -54,11 +64,13 @@ class Server:
         self._watch.add(self._bell.fd, self._bell.hush)
         self._unix: UnixDoor | None = None
         self._tcp: TcpDoor | None = None
+        self._encrypted = curve is not None
+        self._refused = 0
         try:
             if local_path is not None:
                 self._unix = UnixDoor(local_path, self._watch, self._take, self._desk.gate)
             if tcp_host is not None:
-                self._tcp = TcpDoor(tcp_host, tcp_port, self._watch, self._take)
+                self._tcp = TcpDoor(tcp_host, tcp_port, self._watch, self._take, self._desk.gate, curve)
         except BaseException:
             self._end()
             raise
@@ -78,13 +90,13 @@ class Server:
 
     @property
     def auth_failures(self) -> int:
-        """How often a connection failed to prove the token."""
-        return self._desk.gate.auth_failures
+        """How often a connection failed to prove the token, or did not have the key."""
+        return self._desk.gate.auth_failures + (self._refused_by_zeromq() if self._encrypted else 0)
 
     @property
     def malformed(self) -> int:
-        """How many messages could not be decoded."""
-        return self._desk.malformed
+        """How many messages could not be decoded, and connections that did not speak ZeroMQ's protocol."""
+        return self._desk.malformed + (0 if self._encrypted else self._refused_by_zeromq())
 
     @property
     def failures(self) -> int:
@@ -119,19 +131,24 @@ class Server:
 
     def _serve(self) -> None:
         while not self._closing:
-            wait_s = self._do_what_is_due()
-            self._settle()
-            if self._unix is not None and self._unix.go_on():
-                wait_s = 0.0
-            if self._tcp is not None and self._tcp.stirred:
-                self._tcp.receive()
-                wait_s = 0.0
-            self._watch.wait(wait_s)
-            self._settle()
-        self._settle()
+            _, error = guarded(self._take_turn)  # whatever it is, the others are served
+            self._desk.failures += error is not None
+        guarded(self._settle)
         self._end()
 
+    def _take_turn(self) -> None:
+        wait_s = self._do_what_is_due()
+        self._settle()
+        if self._unix is not None and self._unix.go_on():
+            wait_s = 0.0
+        if self._tcp is not None and self._tcp.stirred:
+            self._tcp.receive()
+            wait_s = 0.0
+        self._watch.wait(wait_s)
+        self._settle()
+
     def _end(self) -> None:
+        self._refused = self._refused_by_zeromq()
         doors, self._unix, self._tcp = (self._unix, self._tcp), None, None
         for door in doors:
             if door is not None:
@@ -145,14 +162,20 @@ class Server:
         now = time.monotonic()
         if now >= self._next_ping:
             self._next_ping = now + PING_INTERVAL_S
+            self._active = False
             self._desk.ping(PING_INTERVAL_S)
             if self._unix is not None:
                 self._unix.look_round()
-        hurry = self._desk.waiting or (self._unix is not None and self._unix.paused)
+        strangers_s = None if self._tcp is None else self._tcp.look_round()
+        hurry = self._active or self._desk.watching or (self._unix is not None and self._unix.expecting)
         wait_s = self._next_ping - now if hurry else _IDLE_S
-        return max(0.0, wait_s if due_s is None else min(wait_s, due_s))
+        return max(0.0, min(each for each in (wait_s, due_s, strangers_s) if each is not None))
+
+    def _refused_by_zeromq(self) -> int:
+        return self._refused if self._tcp is None else self._tcp.refused
 
     def _take(self, channel: Hashable, frames: Sequence[Any]) -> None:
+        self._active = True
         self._desk.receive(channel, frames)
         self._settle()
 
@@ -161,14 +184,19 @@ class Server:
             return self._unix is not None and self._unix.send(channel, frames)
         return isinstance(channel, bytes) and self._tcp is not None and self._tcp.send(channel, frames)
 
+    def _reaches(self, channel: Hashable) -> bool:
+        if isinstance(channel, Visitor):
+            return True  # the end of one shows by itself
+        return isinstance(channel, bytes) and self._tcp is not None and self._tcp.reaches(channel)
+
     def _send_push(self, channel: Hashable, message: Any) -> None:
         if callable(channel):
             channel(message)
         else:
             self._send(channel, encode_message(message))
 
-    def _deliver(self, ticket: Ticket, answer: Answer) -> None:
-        self._post(lambda: self._desk.settle(ticket, answer))
+    def _deliver(self, ticket: Ticket, reply: Reply) -> None:
+        self._post(lambda: self._desk.settle(ticket, reply))
 
     def _post(self, action: Callable[[], None]) -> None:
         """Let the thread of the server do something; from any thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from transfer_queue.messages import Reply, Request
@@ -62,8 +62,15 @@ class Handler(Protocol):
     def lost(self, ticket: Ticket, reply: Reply | None) -> None:
         """Nobody gets this answer (None: nobody waits for one): the client is gone or withdrew the request.
 
-        What only the receiver of the reply could give back has to be taken back now.
+        What only the receiver of the reply could give back has to be taken back now. The request of a ticket is None
+        if its answer was sent before, or in an earlier life of the server.
         """
+
+    def gone(self, client_id: str) -> None:
+        """Every connection of this client ended, and it did not come back."""
+
+    def holding(self) -> Collection[str]:
+        """Return the clients that hold what goes back when they are gone: the connections of these are looked at."""
 
 
 def guarded(function: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:

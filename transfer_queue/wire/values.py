@@ -178,7 +178,7 @@ class Unpacking:
         _check_claims(body)
         try:
             return msgpack.unpackb(body, ext_hook=self._restore, strict_map_key=False, unicode_errors="surrogatepass")
-        except (ValueError, TypeError, OverflowError, struct.error) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, struct.error) as error:
             raise DecodeError(f"{len(body)} bytes are not an encoded value: {error}") from error
 
     def finish(self) -> None:

@@ -17,6 +17,7 @@ from transfer_queue.errors import (
     WrongType,
 )
 from transfer_queue.ledger import Ledger
+from transfer_queue.messages import Settle
 
 
 def test_a_put_gets_one_run_of_slots_also_after_many_clears() -> None:
@@ -191,7 +192,8 @@ def test_a_block_of_a_dead_writer_is_refused() -> None:
     """Blocks that were not committed when their writer died never are; committed ones stay."""
     queue = Driver()
     queue.put(1)
-    assert queue.ledger.blocks.settle(ints(UNIT + 1, UNIT + 2)).tolist() == [1, 0]
+    settled = queue.after(queue.ledger.settle, Settle(blocks=ints(UNIT + 1, UNIT + 2)), queue.now)
+    assert settled.committed.tolist() == [1, 0]
     with pytest.raises(LeaseExpired, match="was given up"):
         queue.put(1)
     assert rows(queue.locate()) == [0]

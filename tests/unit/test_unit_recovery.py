@@ -1,0 +1,575 @@
+"""A storage unit whose process is killed: what was committed is there again, nothing is lent twice, nothing leaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.asking_unit import MIB, Answer, block_of, clear, free, ids, rows
+from tests.unit.returning_unit import Controller, ReturningUnit, bytes_of, mapped, write_here
+from tests.unit.test_arena import dead_process
+from transfer_queue.errors import CapacityExceeded, ConnectionLost, StaleSampleError
+from transfer_queue.messages import Pin, Pinned, Reserve, ReturnSpan, Unpin
+from transfer_queue.wire.folder import ServerFolder
+from transfer_queue.wire.holders import process_id
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with ServerFolder("test") as created:
+        yield created.path
+
+
+@pytest.fixture
+def unit(folder: Path) -> Iterator[ReturningUnit]:
+    made = ReturningUnit(folder, capacity_bytes=4 * MIB, arena_bytes=MIB)
+    with contextlib.closing(made):
+        yield made
+
+
+def flip(unit: ReturningUnit, block: int, at: int) -> None:
+    """Flip a bit of a stored block."""
+    pinned = unit.ask(Pin(blocks=ids(block), holder=process_id()))
+    path, start = pinned.arenas[0], int(pinned.offsets[0])
+    unit.tell(Unpin(pin=pinned.pin))
+    np.memmap(path, np.uint8, "r+")[start + at] ^= 16
+
+
+def test_blocks_are_there_again_and_ids_go_on(unit: ReturningUnit) -> None:
+    """After two deaths, blocks of both lives are byte-equal, and no span number or arena is used twice."""
+    stored = {}
+    for life in range(3):
+        for count in (1, 5):
+            values = rows(count, 1000, first=10 * life + count)
+            stored[unit.commit(values)] = values
+        if life < 2:
+            unit.come_back()
+            assert unit.service.recovered == len(stored) and unit.service.lost_blocks == {}
+    assert len(stored) == 6 and len({block >> 16 for block in stored}) == 6
+    for block, values in stored.items():
+        np.testing.assert_array_equal(unit.read(block, list(range(len(values)))), values)
+    unit.tell(free(*stored))
+    assert unit.all_free()
+
+
+STEPS = 9
+
+
+@pytest.mark.parametrize("kills", [{step} for step in range(STEPS)] + [set(range(STEPS))])
+def test_a_kill_between_any_two_steps_changes_nothing(unit: ReturningUnit, kills: set[int]) -> None:
+    """Reserve, carve, fill, commit, pin, clear, free, unpin, return: whenever the unit dies, all of it goes on."""
+    values = rows(8, 8192)
+    state: dict[str, Any] = {}
+
+    def reserve() -> None:
+        state["span"] = unit.reserve(MIB // 2)
+        state["memory"] = mapped(state["span"])
+        state["block"] = state["span"].first_block
+
+    def carve() -> None:
+        state["next"] = write_here(state["memory"], state["block"], values, seal=False)
+
+    def fill() -> None:
+        write_here(state["memory"], state["block"], values)
+
+    def commit() -> None:
+        unit.controller.committed.add(state["block"])
+
+    def pin() -> None:
+        state["pin"] = unit.ask(Pin(blocks=ids(state["block"]), holder=process_id()))
+        state["image"] = bytes_of(state["pin"]).tobytes()
+
+    def clear_some() -> None:
+        unit.controller.cleared[state["block"]] = {1, 2, 3}
+        unit.tell(clear(state["block"], [1, 2, 3]))
+        np.testing.assert_array_equal(unit.read(state["block"], [0, 7]), values[[0, 7]])
+
+    def free_it() -> None:
+        unit.controller.committed.discard(state["block"])
+        unit.tell(free(state["block"]))
+        other = unit.commit(rows(100, 5000))
+        assert bytes_of(state["pin"]).tobytes() == state["image"]
+        unit.controller.committed.discard(other)
+        unit.tell(free(other))
+
+    def unpin() -> None:
+        unit.tell(Unpin(pin=state["pin"].pin))
+
+    def carve_more() -> None:
+        later = state["block"] + 1
+        write_here(state["memory"][state["next"] :], later, values)
+        unit.controller.committed.add(later)
+        np.testing.assert_array_equal(unit.read(later, [3]), values[[3]])
+        unit.controller.committed.discard(later)
+        unit.tell(free(later))
+
+    steps: list[Callable[[], None]] = [reserve, carve, fill, commit, pin, clear_some, free_it, unpin, carve_more]
+    assert len(steps) == STEPS
+    for number, step in enumerate(steps):
+        step()
+        if number in kills:
+            unit.come_back()
+            assert unit.service.lost_blocks == {}
+    unit.tell(ReturnSpan(span=state["span"].span))
+    assert unit.all_free()
+
+
+def test_living_writers_go_on_while_the_unit_is_away(unit: ReturningUnit) -> None:
+    """A block carved and committed between death and return is announced as stored, and readable."""
+    span = unit.reserve(MIB // 2)
+    memory = mapped(span)
+    at = write_here(memory, span.first_block, rows(2, 100))
+    unit.die()
+    second = write_here(memory[at:], span.first_block + 1, rows(3, 100))
+    unit.controller.committed = {span.first_block, span.first_block + 1}
+    unit.start()
+    told = len(unit.controller.told)
+
+    def commit_more(blocks: Any) -> Any:
+        if len(unit.controller.told) == told:
+            write_here(memory[at + second :], span.first_block + 2, rows(1, 100))
+            unit.controller.committed.add(span.first_block + 2)
+        return unit.controller.reconcile(blocks)
+
+    unit.service.return_to(3, commit_more)
+    assert len(unit.controller.told) == told + 1 and unit.service.lost_blocks == {}
+    for number, count in enumerate((2, 3, 1)):
+        np.testing.assert_array_equal(unit.read(span.first_block + number, [count - 1]), rows(count, 100)[-1:])
+
+
+def test_what_a_dead_writer_left_is_settled_after_the_return(unit: ReturningUnit) -> None:
+    """Of its blocks, the committed one stays, the sealed and the unsealed orphan are freed, and its span ends."""
+    span = unit.reserve(MIB // 2, dead_process())
+    memory, at = mapped(span), 0
+    for position, seal in enumerate((True, True, False)):
+        at += write_here(memory[at:], span.first_block + position, rows(2, 100), seal=seal)
+    unit.controller.committed.add(span.first_block)
+    unit.come_back()
+    unit.turn(1.5)
+    deadline = time.monotonic() + 5
+    while unit.stats()["blocks"] > 1 and time.monotonic() < deadline:
+        unit.turn(1.5)
+    stats = unit.stats()
+    assert (stats["blocks"], stats["spans"]) == (1, 0)
+    np.testing.assert_array_equal(unit.read(span.first_block, [1]), rows(2, 100)[1:])
+    unit.come_back()
+    assert unit.service.recovered == 1
+
+
+def test_a_pin_outlives_the_unit_as_long_as_its_holder(unit: ReturningUnit) -> None:
+    """Bytes under the pin of a living reader are never reused; those of a dead one are, in the next turn."""
+    block, other = unit.commit(rows(4, 8192)), unit.commit(rows(4, 8192, first=9))
+    mine = unit.ask(Pin(blocks=ids(block), holder=process_id()))
+    unit.ask(Pin(blocks=ids(other), holder=dead_process()))
+    image = bytes_of(mine).tobytes()
+    unit.controller.committed.clear()
+    unit.tell(free(block, other))
+    unit.come_back()
+    assert unit.stats()["pins"] == 2 and unit.stats()["blocks"] == 2
+    unit.turn(1.5)
+    assert unit.stats()["pins"] == 1 and unit.stats()["blocks"] == 1
+    for filling in range(20):
+        unit.put(np.full((1, 100_000), filling, np.uint8))
+    assert bytes_of(mine).tobytes() == image
+    unit.come_back()
+    with pytest.raises(StaleSampleError):
+        unit.ask(Pin(blocks=ids(block), holder=process_id()))
+    unit.tell(Unpin(pin=mine.pin))
+    assert unit.stats()["pins"] == 0 and unit.stats()["bytes_pinned"] == 0
+    assert unit.ask(Pin(blocks=ids(), holder=process_id())).pin > mine.pin
+
+
+def test_space_given_back_by_cleared_rows_keeps_its_new_owner(folder: Path) -> None:
+    """Younger blocks in the gaps of an older one, and gaps in those, survive; the space of dropped ones is free."""
+    unit = ReturningUnit(folder, capacity_bytes=MIB, arena_bytes=MIB)
+    with contextlib.closing(unit):
+        old = unit.commit(rows(10, 100_000))
+        unit.controller.cleared[old] = set(range(1, 9))
+        unit.tell(clear(old, list(range(1, 9))))
+        young = unit.commit(rows(5, 80_000, first=50))
+        unit.controller.cleared[young] = {1, 2, 3}
+        unit.tell(clear(young, [1, 2, 3]))
+        youngest, dropped = unit.commit(rows(2, 100_000, first=90)), unit.commit(rows(1, 100_000, first=200))
+        unit.controller.committed.discard(dropped)
+        unit.tell(free(dropped))
+        before = unit.stats()
+        for _ in range(2):
+            unit.come_back()
+            assert unit.service.lost_blocks == {} and unit.stats() == before
+            np.testing.assert_array_equal(unit.read(old, [0, 9]), rows(10, 100_000)[[0, 9]])
+            np.testing.assert_array_equal(unit.read(young, [0, 4]), rows(5, 80_000, first=50)[[0, 4]])
+            np.testing.assert_array_equal(unit.read(youngest, [0, 1]), rows(2, 100_000, first=90))
+            with pytest.raises(StaleSampleError, match="1 rows"):
+                unit.read(old, [0, 5])
+        unit.tell(free(old, young, youngest))
+        assert unit.all_free()
+
+
+def test_a_block_with_reused_bytes_is_served_once_its_cleared_rows_are_known(unit: ReturningUnit) -> None:
+    """Before the controller has answered, other blocks are read at once; this one and reservations wait."""
+    whole, partial = unit.commit(rows(4, 8192)), unit.commit(rows(4, 8192, first=9))
+    unit.controller.cleared[partial] = {1, 2}
+    unit.tell(clear(partial, [1, 2]))
+    unit.die()
+    unit.start()
+    np.testing.assert_array_equal(unit.read(whole, [1]), rows(4, 8192)[[1]])
+    waiting = [
+        unit.begin(Pin(blocks=ids(whole, partial), holder=process_id())),
+        unit.begin(Reserve(size_bytes=100, holder=process_id(), timeout_s=5.0)),
+    ]
+    with pytest.raises(ConnectionLost):
+        unit.service.return_to(3, lambda blocks: (_ for _ in ()).throw(ConnectionLost("no controller")))
+    assert [answer.replies for answer in waiting] == [[], []]
+    unit.service.return_to(3, unit.controller.reconcile)
+    pinned = waiting[0].result()
+    assert isinstance(pinned, Pinned) and pinned.freed_slots.tolist() == [1, 2]
+    assert waiting[1].result().first_block >> 48 == 3
+
+
+def test_frees_that_were_lost_with_the_unit_come_by_reconciling(unit: ReturningUnit) -> None:
+    """Rows cleared while the unit was away are given back; blocks that nobody uses any more go if they can."""
+    partly, gone = unit.commit(rows(4, 8192)), unit.commit(rows(4, 8192), dead_process())
+    free_before = unit.stats()["bytes_free"]
+    unit.die()
+    unit.controller.cleared[partly] = {0, 1}
+    unit.controller.committed.discard(gone)
+    unit.start()
+    unit.service.return_to(3, unit.controller.reconcile)
+    with pytest.raises(StaleSampleError):
+        unit.read(partly, [1])
+    unit.turn(1.5)
+    deadline = time.monotonic() + 5
+    while unit.stats()["blocks"] > 1 and time.monotonic() < deadline:
+        unit.turn(1.5)
+    assert unit.stats()["bytes_free"] > free_before + 4 * 8192 + 2 * 8192 - 128
+
+
+@pytest.mark.parametrize(("at", "reason"), [(0, "header"), (17, "header"), (28, "header"), (66, "directory")])
+def test_a_block_with_a_damaged_head_is_lost(
+    unit: ReturningUnit, caplog: pytest.LogCaptureFixture, at: int, reason: str
+) -> None:
+    """It is not announced, its space is free, the log says which and why; the blocks beside it are there."""
+    kept, damaged = unit.commit(rows(2, 8192)), unit.commit(rows(2, 8192))
+    flip(unit, damaged, at)
+    unit.come_back()
+    assert list(unit.service.lost_blocks) == [damaged] and reason in unit.service.lost_blocks[damaged]
+    assert f"block {damaged} is lost" in caplog.text
+    assert unit.controller.told[-1] == [kept]
+    unit.tell(free(kept))
+    assert unit.all_free()
+
+
+def test_a_block_in_use_that_was_never_completed_is_lost(unit: ReturningUnit) -> None:
+    """The controller is told again, without it; a living writer's other open block stays announced."""
+    span = unit.reserve(MIB // 2)
+    memory = mapped(span)
+    at = write_here(memory, span.first_block, rows(2, 100), seal=False)
+    write_here(memory[at:], span.first_block + 1, rows(2, 100), seal=False)
+    unit.controller.committed.add(span.first_block)
+    unit.come_back()
+    first, second = (told[:2] for told in unit.controller.told[-2:])
+    assert first == [span.first_block, span.first_block + 1] and second[0] == span.first_block + 1
+    assert unit.service.lost_blocks == {span.first_block: "it is in use, but not whole"}
+
+
+@pytest.mark.parametrize("what", ["arenas", "everything", "journal"])
+def test_a_unit_that_cannot_go_on_starts_empty(
+    unit: ReturningUnit, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """Without arenas or with a damaged journal it says so, keeps no stale file, and reuses no id and no file name."""
+    block = unit.commit(rows(4, 1000))
+    pinned = unit.ask(Pin(blocks=ids(block), holder=dead_process()))
+    unit.die()
+    for path in unit.folder.glob("arena-*") if what != "journal" else []:
+        path.unlink()
+    segment = unit.folder / "journal" / "journal-1"
+    if what == "everything":
+        for path in (unit.folder / "journal").iterdir():
+            path.unlink()
+    if what == "journal":
+        with segment.open("r+b") as file:
+            file.seek(100)
+            file.write(b"damage")
+    unit.start()
+    assert unit.service.recovered == 0 and list(unit.service.lost_blocks) == ([block] if what == "arenas" else [])
+    if what == "journal":
+        assert "forgets what it stored" in caplog.text and "journal-1" in caplog.text
+    unit.service.return_to(3, unit.controller.reconcile)
+    assert unit.controller.told[-1] == []
+    with pytest.raises(StaleSampleError):
+        unit.read(block, [0])
+    again = unit.commit(rows(4, 1000))
+    assert again != block
+    found = unit.ask(Pin(blocks=ids(again), holder=process_id()))
+    assert found.arenas != pinned.arenas and len(list(unit.folder.glob("arena-*"))) == 1
+    unit.come_back()
+    np.testing.assert_array_equal(unit.read(again, [2]), rows(4, 1000)[[2]])
+
+
+def test_a_file_that_was_being_made_is_removed_and_an_empty_one_kept(unit: ReturningUnit) -> None:
+    """Arenas that were offered stay, whether anything lies in them or not."""
+    unit.reserve(100)
+    [arena] = unit.folder.glob("arena-*")
+    unit.die()
+    (unit.folder / "arena-0-half").write_bytes(bytes(4096))
+    unit.start()
+    assert list(unit.folder.glob("arena-*")) == [arena]
+    assert unit.stats()["bytes_arenas"] == MIB
+
+
+def test_a_request_sent_again_gets_one_grant(unit: ReturningUnit) -> None:
+    """The answer to a reservation and a pin is lost with the unit; asked again, nothing of the first grant is left."""
+    block = unit.commit(rows(1, 100))
+    requests = (
+        Reserve(size_bytes=1000, holder=process_id(), timeout_s=5.0),
+        Pin(blocks=ids(block), holder=process_id()),
+    )
+    answers = [Answer(request) for request in requests]
+    for number, answer in enumerate(answers):
+        answer.ticket.request_id = 10**9 + number
+        unit.service.submit(answer.ticket.request, answer.ticket)
+        answer.result()
+    unit.come_back()
+    for number, request in enumerate(requests):
+        answer = Answer(request)
+        answer.ticket.request_id = 10**9 + number
+        unit.service.submit(request, answer.ticket)
+        assert answer.result()
+    assert (unit.stats()["spans"], unit.stats()["pins"]) == (1, 1)
+
+
+def test_a_full_journal_refuses_grants_and_takes_what_ends_them(unit: ReturningUnit) -> None:
+    """With no space for the journal, pins and reservations raise; unpins and frees work, and then all goes on."""
+    block = unit.commit(rows(4, 8192))
+    many = Pin(blocks=np.repeat(ids(block), 10_000), holder=process_id())
+    pins: list[Pinned] = []
+    spans: list[Any] = []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB // 2, limits[1]))
+    try:
+        for request, grants in ((many, pins), (Reserve(size_bytes=64, holder=process_id(), timeout_s=0.0), spans)):
+            with pytest.raises(CapacityExceeded, match="journal"):
+                grants.extend(unit.ask(request) for _ in range(5000))
+        stats = unit.stats()
+        assert stats["pins"] == len(pins)
+        unit.tell(Unpin(pin=pins[0].pin))
+        unit.tell(free(block))
+        assert unit.stats()["pins"] == len(pins) - 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    unit.come_back()
+    assert unit.stats()["pins"] == len(pins) - 1
+    for pinned in pins:
+        unit.tell(Unpin(pin=pinned.pin))
+    assert unit.stats()["blocks"] == 0 and unit.stats()["spans"] == len(spans)
+    assert unit.commit(rows(1, 10))
+
+
+def test_the_journal_stays_short(unit: ReturningUnit) -> None:
+    """After facts of many times the size of a snapshot, the files are small, and everything is there again."""
+    block = unit.commit(rows(4, 8192))
+    span = unit.reserve(MIB // 4)
+    at = write_here(mapped(span), span.first_block, rows(1, 100))
+    held = unit.ask(Pin(blocks=ids(block, span.first_block), holder=process_id()))
+    unit.tell(free(span.first_block))
+    many = Pin(blocks=np.repeat(ids(block), 20_000), holder=process_id())
+    for _ in range(40):
+        unit.tell(Unpin(pin=unit.ask(many).pin))
+    deadline = time.monotonic() + 5
+    while journal_bytes(unit.folder) > 8 * MIB and time.monotonic() < deadline:
+        unit.tell(Unpin(pin=unit.ask(many).pin))
+    assert journal_bytes(unit.folder) <= 8 * MIB
+    unit.come_back()
+    write_here(mapped(span)[at:], span.first_block + 1, rows(1, 100, first=7))
+    np.testing.assert_array_equal(unit.read(span.first_block + 1, [0]), rows(1, 100, first=7))
+    np.testing.assert_array_equal(unit.read(block, [3]), rows(4, 8192)[[3]])
+    unit.tell(Unpin(pin=held.pin))
+    unit.tell(free(block, span.first_block + 1))
+    unit.tell(ReturnSpan(span=span.span))
+    assert unit.all_free()
+
+
+def journal_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / "journal").iterdir())
+
+
+# ---------------------------------------------------------------- any order
+
+
+class Model:
+    """What must be true of a unit, whatever happens: rows that are not cleared, and bytes under pins, are unchanged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.unit = ReturningUnit(folder, capacity_bytes=2 * MIB, arena_bytes=MIB)
+        self.controller = self.unit.controller
+        self.stored: dict[int, np.ndarray[Any, Any]] = {}
+        self.pins: list[tuple[Pinned, list[tuple[int, bytes]]]] = []
+        self.seen: set[int] = set()
+        self.span = self.unit.reserve(MIB // 4)
+        self.at = self.count = 0
+
+    def do(self, kind: str, seed: int) -> None:
+        block = list(self.stored)[seed % len(self.stored)] if self.stored else None
+        if kind == "r":
+            self.unit.come_back()
+            assert self.unit.service.lost_blocks == {}
+        elif kind in "psw" and len(self.stored) < 8:
+            self._put(kind, seed)
+        elif kind == "u" and self.pins:
+            pinned, _ = self.pins.pop(seed % len(self.pins))
+            self.unit.tell(Unpin(pin=pinned.pin))
+        elif block is not None:
+            self._use(kind, seed, block)
+
+    def check(self) -> None:
+        self.unit.stats()
+        for block, values in self.stored.items():
+            left = sorted(set(range(len(values))) - self.controller.cleared.get(block, set()))
+            if left:
+                np.testing.assert_array_equal(self.unit.read(block, left), values[left])
+        for pinned, images in self.pins:
+            for at, image in images:
+                assert bytes_of(pinned)[at : at + len(image)].tobytes() == image
+
+    def end(self) -> None:
+        for pinned, _ in self.pins:
+            self.unit.tell(Unpin(pin=pinned.pin))
+        self.controller.committed.clear()
+        self.unit.tell(free(*self.stored))
+        self.unit.tell(ReturnSpan(span=self.span.span))
+        assert self.unit.all_free()
+
+    def _put(self, kind: str, seed: int) -> None:
+        values = rows(1 + seed % 20, 1 + seed % 6000, first=seed % 200)
+        if kind == "w":
+            size = block_of(values).size_bytes
+            if self.at + size > self.span.size_bytes:
+                return
+            block = self.span.first_block + self.count
+            write_here(mapped(self.span)[self.at :], block, values)
+            self.controller.committed.add(block)
+            self.at, self.count = self.at + size, self.count + 1
+        elif kind == "s":
+            shared = np.random.default_rng(seed).permutation(np.arange(len(values) + seed % 11) % len(values))
+            block, values = self.unit.commit(values, references=shared), values[shared]
+        else:
+            block = self.unit.commit(values)
+        assert block not in self.seen
+        self.seen.add(block)
+        self.stored[block] = values
+
+    def _use(self, kind: str, seed: int, block: int) -> None:
+        values = self.stored[block]
+        if kind == "n":
+            pinned = self.unit.ask(Pin(blocks=ids(block), holder=process_id()))
+            image, width = bytes_of(pinned).tobytes(), values.shape[1]
+            left = set(range(len(values))) - self.controller.cleared.get(block, set())
+            found = [(image.find(values[slot].tobytes()), values[slot].tobytes()) for slot in left if width > 8]
+            self.pins.append((pinned, found))
+        elif kind in "co":
+            slots = [slot for slot in range(len(values)) if seed >> slot & 1]
+            self.controller.cleared.setdefault(block, set()).update(slots)
+            if kind == "o":  # the order is lost with the unit
+                self.unit.come_back()
+            self.unit.tell(clear(block, slots))
+        elif kind == "f":
+            self.controller.committed.discard(block)
+            self.unit.tell(free(block))
+            del self.stored[block]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ppswwfccnuro"), st.integers(0, 1 << 30)), max_size=30))
+def test_any_order_of_work_and_deaths_keeps_every_live_byte(steps: list[tuple[str, int]]) -> None:
+    """Puts, clears, frees, pins, and deaths in between: no live byte changes, no id comes twice, nothing leaks."""
+    with ServerFolder("random") as folder:
+        model = Model(folder.path)
+        try:
+            for kind, seed in steps:
+                model.do(kind, seed)
+                model.check()
+            model.unit.come_back()
+            model.check()
+            model.end()
+        finally:
+            model.unit.close()
+
+
+# ---------------------------------------------------------------- a real process
+
+WORKER = """
+import random, sys
+from pathlib import Path
+from tests.unit.asking_unit import MIB, clear, free, ids, rows
+from tests.unit.returning_unit import ReturningUnit
+from transfer_queue.messages import Pin, Unpin
+from transfer_queue.wire.holders import process_id
+
+unit = ReturningUnit(Path(sys.argv[1]), capacity_bytes=64 * MIB, arena_bytes=MIB)
+chance, stored = random.Random(int(sys.argv[2])), []
+while True:
+    width, first = chance.randrange(1, 9000), chance.randrange(200)
+    block = unit.put(rows(8, width, first=first))
+    print("put", block, width, first, flush=True)
+    stored.append(block)
+    pinned = unit.ask(Pin(blocks=ids(*stored), holder=process_id()))
+    if len(stored) > 20:
+        gone = stored.pop(chance.randrange(len(stored)))
+        print("free", gone, flush=True)
+        unit.tell(free(gone))
+    some = chance.choice(stored)
+    slots = [chance.randrange(8)]
+    print("clear", some, *slots, flush=True)
+    unit.tell(clear(some, slots))
+    if chance.random() < 0.98:
+        unit.tell(Unpin(pin=pinned.pin))
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_process_is_taken_over(folder: Path, seed: int) -> None:
+    """SIGKILL at any moment: the next process has every row that was put and not about to be cleared."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(folder), str(seed)], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+    ) as worker:
+        assert worker.stdout is not None
+        said = [worker.stdout.readline() for _ in range(40 + 97 * seed)]
+        worker.kill()
+        said += worker.stdout.read().splitlines()
+    controller = Controller()
+    stored: dict[int, np.ndarray[Any, Any]] = {}
+    for line in said:
+        kind, block, *numbers = line.split()
+        if kind == "put":
+            stored[int(block)] = rows(8, int(numbers[0]), first=int(numbers[1]))
+        elif kind == "free":
+            del stored[int(block)]
+        else:
+            controller.cleared.setdefault(int(block), set()).update(map(int, numbers))
+    controller.committed = set(stored)
+    unit = ReturningUnit(folder, controller, capacity_bytes=64 * MIB, arena_bytes=MIB)
+    with contextlib.closing(unit):
+        assert unit.service.lost_blocks == {} and set(stored) <= set(controller.told[0])
+        for block, values in stored.items():
+            left = sorted(set(range(8)) - controller.cleared.get(block, set()))
+            if left:
+                np.testing.assert_array_equal(unit.read(block, left), values[left])
+        deadline = time.monotonic() + 5
+        while unit.stats()["pins"] and time.monotonic() < deadline:
+            unit.turn(1.5)
+        unit.tell(free(*stored))
+        while unit.stats()["blocks"] and time.monotonic() < deadline:
+            unit.turn(1.5)
+        assert unit.all_free()

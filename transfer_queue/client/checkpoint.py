@@ -1,0 +1,153 @@
+"""Checkpoints: the whole queue as it was at one moment, in a folder, and back.
+
+The controller gives the state of one moment and lets nothing be reused until its blocks are copied; traffic goes on
+meanwhile. Loading writes the blocks anew, wherever there are units now, and then changes the state in one step.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfer_queue.client.arguments import timeout_seconds
+from transfer_queue.client.checkpoint_files import CheckpointWriter, check_json, open_checkpoint, replaced
+from transfer_queue.client.core import ClientCore
+from transfer_queue.client.steps import Call, Compute, Notify, Operation
+from transfer_queue.client.storing import store
+from transfer_queue.client.transfer import units_of
+from transfer_queue.client.units import UnitHandle
+from transfer_queue.errors import InvalidArgument
+from transfer_queue.messages import (
+    PROTOCOL_VERSION,
+    UNIT_SHIFT,
+    AbortBlocks,
+    BlockBytes,
+    Cut,
+    CutDone,
+    Done,
+    EndCut,
+    Int64s,
+    Pin,
+    Pinned,
+    ReadBlock,
+    Restore,
+    Unpin,
+)
+from transfer_queue.storage.block import Bytes, stored_plan
+from transfer_queue.wire.holders import process_id
+from transfer_queue.wire.peer import AnyPeer
+
+DEFAULT_TIMEOUT_S = 600.0
+
+_FRAME_BYTES = 8 << 20
+
+
+def save_checkpoint(
+    core: ClientCore,
+    checkpoint_dir: str | Path,
+    *,
+    metadata: dict[str, Any] | None = None,
+    timeout: float | None = None,
+) -> Operation[None]:
+    """Write the whole queue, as it is at one moment, into a folder of the machine that calls.
+
+    Partitions, samples, keys, tags, groups, consumption, data-parallel draws in progress, sampler state and counters
+    belong to the same moment; a put that is under way is wholly in it or out. Draws and puts go on meanwhile, but what
+    is cleared is reused only afterwards. A checkpoint that is there already stays until the new one is complete.
+    `metadata` is the caller's, and must be what JSON can hold. `timeout` is 600 s by default.
+
+    Raises `CapacityExceeded` if the disk is full, with an older checkpoint as it was.
+    """
+    timeout_s = DEFAULT_TIMEOUT_S if timeout is None else timeout_seconds(timeout)
+    path = Path(checkpoint_dir)
+    described = {"user_metadata": check_json(metadata), "protocol": PROTOCOL_VERSION, "saved_at": time.time()}
+    cut: CutDone = yield Call(core.controller, Cut(hold_s=timeout_s), timeout_s)
+    try:
+        with replaced(path) as folder:
+            writer = CheckpointWriter(folder)
+            try:
+                yield from _save_blocks(core, cut.blocks, writer, timeout_s)
+                described |= {"samples": cut.samples, "blocks": len(cut.blocks)}
+                size_bytes = sum(len(frame) for frame in cut.state)
+                yield Compute(lambda: writer.finish(cut.state, described), size_bytes)
+            finally:
+                writer.close()
+    finally:
+        yield Notify(core.controller, EndCut(hold=cut.hold))
+
+
+def load_checkpoint(core: ClientCore, checkpoint_dir: str | Path, *, timeout: float | None = None) -> Operation[int]:
+    """Replace all that is in the queue by a checkpoint, and return how many samples that are.
+
+    The queue may have another number of storage units. Every file is read and checked first, then the data is stored,
+    then the state changes in one step; if anything fails, the queue is as it was. Clients stay connected and draws that
+    wait are looked at again; metas from before are stale, and leases that were open when the checkpoint was saved are
+    over: their samples are ready again. Limits are those of this queue. `timeout` is 600 s by default.
+
+    Raises `FileNotFoundError` if there is no checkpoint, `DecodeError` if it is damaged, saying where,
+    `CapacityExceeded` if there is no room for it beside what is there, `InvalidArgument` if the queue has other steps.
+    """
+    timeout_s = DEFAULT_TIMEOUT_S if timeout is None else timeout_seconds(timeout)
+    found = open_checkpoint(Path(checkpoint_dir))
+    yield Compute(found.check, int(found.sizes.sum()))
+    stored: list[tuple[AnyPeer, int]] = []
+    try:
+        for number in range(len(found.blocks)):
+            plan = stored_plan(found.image(number))
+            stored.append((yield from store(core.transfer, plan, timeout_s)))
+        state = memoryview(found.state())
+        frames = tuple(state[at : at + _FRAME_BYTES] for at in range(0, len(state), _FRAME_BYTES))
+        new = np.array([block for _, block in stored], np.int64)
+        done: Done = yield Call(core.controller, Restore(old=found.blocks, new=new, state=frames), timeout_s)
+    except BaseException:
+        for peer, block in stored:
+            yield Notify(peer, AbortBlocks(blocks=np.array([block], np.int64)))
+        raise
+    return done.count
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _save_blocks(core: ClientCore, blocks: Int64s, writer: CheckpointWriter, timeout_s: float) -> Operation[None]:
+    for unit in (yield from units_of(core.transfer, blocks, timeout_s)):
+        own = blocks[blocks >> UNIT_SHIFT == unit.info.number]
+        if unit.local:
+            yield from _save_local(core, unit, own, writer, timeout_s)
+        else:
+            for block in own.tolist():
+                yield from _save_remote(unit, block, writer, timeout_s)
+
+
+def _save_local(
+    core: ClientCore, unit: UnitHandle, blocks: Int64s, writer: CheckpointWriter, timeout_s: float
+) -> Operation[None]:
+    """The blocks of this host are copied straight out of shared memory."""
+    pinned: Pinned = yield Call(unit.peer, Pin(blocks=blocks, holder=process_id()), timeout_s)
+    try:
+        memories = [core.transfer.maps.view(path) for path in pinned.arenas]
+        places = zip(pinned.arena_of.tolist(), pinned.offsets.tolist(), pinned.sizes.tolist(), strict=True)
+        images = [memories[arena][start : start + size] for arena, start, size in places]
+        for block, image in zip(blocks.tolist(), images, strict=True):
+            yield Compute(partial(writer.add, block, [image]), image.nbytes)
+    finally:
+        yield Notify(unit.peer, Unpin(pin=pinned.pin))
+
+
+def _save_remote(unit: UnitHandle, block: int, writer: CheckpointWriter, timeout_s: float) -> Operation[None]:
+    pieces: list[Bytes] = []
+    at, size = 0, 1
+    while at < size:
+        request = ReadBlock(block=block, offset=at, max_bytes=_FRAME_BYTES)
+        reply: BlockBytes = yield Call(unit.peer, request, timeout_s)
+        got = [np.frombuffer(frame, np.uint8) for frame in reply.frames]
+        size, read = reply.size_bytes, sum(piece.nbytes for piece in got)
+        if read == 0:
+            raise InvalidArgument(f"storage unit {unit.info.unit_id!r} gave {at} of {size} bytes of block {block}")
+        pieces += got
+        at += read
+    yield Compute(partial(writer.add, block, pieces), size)

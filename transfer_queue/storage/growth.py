@@ -1,0 +1,73 @@
+"""New arenas, made in a thread beside, so that nobody waits who does not need them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from transfer_queue.errors import CapacityExceeded
+from transfer_queue.storage.arena import Arenas
+
+_RETRY_S = 1.0
+
+
+class Growth:
+    """One arena at a time. Every method is called with `lock` held; `grown` is called without it.
+
+    full   why the last attempt failed; None: it did not
+    """
+
+    def __init__(
+        self,
+        arenas: Arenas,
+        lock: threading.Lock,
+        beside: Executor,
+        grown: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.full: CapacityExceeded | None = None
+        self._arenas = arenas
+        self._lock = lock
+        self._beside = beside
+        self._grown = grown
+        self._clock = clock
+        self._growing = False
+        self._stopped = False
+        self._retry_at = 0.0
+
+    def make_room_if_low(self) -> None:
+        """Have the next arena ready before the last one is full."""
+        arenas = self._arenas
+        room = arenas.capacity_bytes - arenas.total_bytes - arenas.growing_bytes
+        if arenas.members and arenas.free_bytes < arenas.arena_bytes // 4 and room >= arenas.arena_bytes:
+            self.make_room(arenas.arena_bytes)
+
+    def make_room(self, size_bytes: int) -> None:
+        """Begin to make an arena with so many bytes, if there may be one more and none is on its way."""
+        if self._growing or self._stopped or self._clock() < self._retry_at:
+            return
+        planned = self._arenas.plan_growth(size_bytes)
+        if planned is not None:
+            self._growing = True
+            self._beside.submit(self._make, planned)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def _make(self, size_bytes: int) -> None:
+        try:
+            arena = self._arenas.create(size_bytes)
+        except CapacityExceeded as error:
+            with self._lock:
+                self._growing = False
+                self._arenas.give_up(size_bytes)
+                self.full = error
+                self._retry_at = self._clock() + _RETRY_S
+            return
+        arena.fill()
+        with self._lock:
+            self._growing = False
+            self.full = None
+            self._arenas.add(arena)
+        self._grown()
