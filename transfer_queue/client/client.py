@@ -52,7 +52,7 @@ class TransferQueueClient:
     client_id        names the caller in explanations and audits; need not be unique
     controller_info  what `get_zmq_server_info` of the controller returns, or `conf.controller.zmq_info` of a session
 
-    checksums        what this client puts has checksums, and what it reads is verified unless `get_data` says otherwise
+    checksums        what this client puts has checksums, which `get_data(verify=True)` and every recovery look at
 
     Every call waits at most its `timeout` (60 s by default) and then raises. Each `x` has an `async_x` with the same
     arguments. A call that raised changed nothing, except that after `ConnectionLost` its outcome may be open: `resend`

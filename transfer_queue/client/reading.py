@@ -105,7 +105,7 @@ def get_data(
     *,
     layout: str | None = None,
     allow_missing: bool = False,
-    verify: bool | None = None,
+    verify: bool = False,
     timeout: float | None = None,
 ) -> Operation[Any]:
     """Read the fields of the meta (or the named ones) into a `TensorDict` [B], rows in the order of the meta.
@@ -118,8 +118,8 @@ def get_data(
     With `allow_missing` returns (data [n], mask): the n rows that have all the fields now, in order, and a bool tensor
     [B] that says which of the rows of the meta those are.
 
-    With `verify` (None: if this client was made with `checksums`) the bytes are compared with the checksums that they
-    were written with: `DecodeError` names field and block that differ or have none.
+    With `verify` the bytes are compared with the checksums that they were written with: `DecodeError` names field and
+    block that differ, or were written by a client without `checksums`.
 
     Raises `StaleSampleError` if rows were cleared, `UnknownName` or `InvalidArgument` for fields that do not exist or
     are not produced for all rows.
@@ -131,7 +131,7 @@ def get_data(
         mask = yield from _produced(core, metadata, wanted, timeout_s)
         metadata = metadata.select_samples(np.flatnonzero(mask))
     if len(metadata) and wanted:
-        how = {"copy": copy, "verify": core.transfer.checksums if verify is None else verify}
+        how = {"copy": copy, "verify": verify}
         found = yield from _load(core, metadata, wanted, timeout_s, how)
         data = columns.decode(found, len(metadata), layout=layout or core.layout, allow_pickle=core.allow_pickle)
     else:

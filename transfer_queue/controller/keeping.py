@@ -36,7 +36,7 @@ from transfer_queue.messages import (
     Request,
     SetTags,
 )
-from transfer_queue.messages.journal import Recorded
+from transfer_queue.messages.journal import DrawUndone, Recorded
 from transfer_queue.wire.codec import decode, encode_message, pack_value, unpack_value
 from transfer_queue.wire.requests import RequestTable
 from transfer_queue.wire.ticket import Ticket
@@ -96,7 +96,7 @@ class Keeper:
             return
         frames = encode_message(request)
         self._encoded = (request, frames)
-        rows = request.batch_size if isinstance(request, Draw) and isinstance(request.batch_size, int) else 0
+        rows = min(request.batch_size, self._ledger.capacity) if isinstance(request, Draw) else 0
         self._journal.check_room(sum(map(len, frames)) + _RECORD_BYTES + _ROW_BYTES * max(rows, 0))
 
     @property
@@ -267,7 +267,9 @@ def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable
                 recorded.sampler_state,
             )
             reply = replay(ledger, record)
-    if reply is not None:
+    if isinstance(request, DrawUndone):
+        requests.withdraw(*asked)
+    elif reply is not None:
         requests.restore(*asked, request, reply)
 
 

@@ -290,6 +290,9 @@ class ControllerService:
                 return None
             case Announce():
                 return self._announce(request, ticket, now)
+            case Reconcile():
+                self._units.agree(request.unit)
+                return ask(self._ledger, request, now)
             case Cut():
                 self._cuts.begin(ticket, request.hold_s, now)
                 return None
@@ -310,13 +313,12 @@ class ControllerService:
 
     def _announce(self, request: Announce, ticket: Ticket, now: float) -> Announced:
         unit = self._units.announce(request, ticket.channel, ticket.client_id)
-        given_up, unit.given_up = unit.given_up, False
         self._ledger.records.add(Record(request, now))
         self._send_again(unit.info.number)
         waiting, self._waiting_for_units = self._waiting_for_units, []
         for _, other in waiting:
             other.answer(self._known_units())
-        return Announced(number=unit.info.number, given_up=given_up)
+        return Announced(number=unit.info.number, given_up=unit.given_up)
 
     def _give_up_units(self, now: float) -> None:
         """What lies at units that do not come back is lost: its rows are not ready, and `audit` names them."""

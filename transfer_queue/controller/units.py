@@ -57,6 +57,11 @@ class UnitBook:
             if unit.client == client and unit.away_since is None:
                 unit.channel, unit.away_since = None, now
 
+    def agree(self, number: int) -> None:
+        """A unit says what it holds: its data counts again."""
+        if number in self._by_number:
+            self._by_number[number].given_up = False
+
     def all_away(self, now: float) -> None:
         """The controller was started again: no unit listens until it announces itself."""
         for unit in self._by_id.values():
@@ -75,13 +80,13 @@ class UnitBook:
 
     def state(self) -> list[Any]:
         """All units as plain values, for `load`."""
-        return [[getattr(unit.info, name) for name in _FIELDS] for unit in self._by_id.values()]
+        return [[unit.given_up, *(getattr(unit.info, name) for name in _FIELDS)] for unit in self._by_id.values()]
 
     def load(self, state: list[Any]) -> None:
         """Know the units that another book knew; they listen nowhere until they announce themselves."""
-        for values in state:
+        for given_up, *values in state:
             info = UnitInfo(**dict(zip(_FIELDS, values, strict=True)))
-            self._by_id[info.unit_id] = self._by_number[info.number] = Unit(info, None)
+            self._by_id[info.unit_id] = self._by_number[info.number] = Unit(info, None, given_up=given_up)
 
     def channel_of(self, number: int) -> Hashable | None:
         unit = self._by_number.get(number)

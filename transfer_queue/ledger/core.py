@@ -109,6 +109,11 @@ class Ledger:
         self.serving = Serving(*parts, self.gate)
 
     @property
+    def capacity(self) -> int:
+        """How many samples there are slots for now."""
+        return self._rows.table.capacity
+
+    @property
     def blocks(self) -> BlockBook:
         """Which blocks are in use, and which became free."""
         return self._rows.blocks

@@ -86,14 +86,10 @@ class Gate:
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Take over what `state` returned."""
-        if self._usage is None:
-            return
-        if state is None:
-            raise InvalidArgument(
-                "this queue has limits, but what it is to go on from was saved without: nobody noted who holds how "
-                "much; start the queue without limits"
-            )
-        self._usage.load(state)
+        if self._usage is not None and state is not None:
+            self._usage.load(state)
+        elif self._usage is not None:  # saved by a queue without limits
+            self._usage.begin_with({name: one.rows() for name, one in self._rows.partitions.items()})
 
     def too_late(self, request: Put | Admit, name: str, client: str, waited_s: float) -> CapacityExceeded:
         """The error of one that waited in vain."""

@@ -286,7 +286,9 @@ class Usage:
         self.room_made = True
         distinct, counts = np.unique(blocks, return_counts=True)
         for block, count in zip(distinct.tolist(), counts.tolist(), strict=True):
-            known = self._blocks[block]
+            known = self._blocks.get(block)
+            if known is None:  # put before there were limits
+                continue
             part = known.parts[partition]
             self._count(Claim(partition, known.producer, 0, part.take(count)), -1)
             if part.left == 0:
@@ -317,6 +319,12 @@ class Usage:
             "owner": self._owner.astype(np.int64),
             "blocks": blocks,
         }
+
+    def begin_with(self, partitions: Mapping[str, Int64s]) -> None:
+        """Nothing is known but which rows each partition has: they count as samples, of nobody, and without bytes."""
+        self.load({"held": (), "producers": (), "owner": np.zeros(0, np.int64), "blocks": ()})
+        for partition, rows in partitions.items():
+            self.insert(partition, "", rows)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned, in place of what is held."""

@@ -101,8 +101,8 @@ class Putting:
         return rows, touched
 
     def _count(self, put: Put, touched: Positions, client: str) -> None:
-        cells = {partition.name: len(positions) * len(put.columns) for partition, positions in touched}
         if self._rows.usage is not None and put.columns and put.num_rows:
+            cells = {partition.name: len(positions) * len(put.columns) for partition, positions in touched}
             self._rows.usage.commit(put.block_id, client, put.size_bytes, cells)
 
     def _rows_of(self, put: Put, name: str, client: str, at: Int64s | None) -> tuple[Int64s, Positions, bool]:

@@ -7,8 +7,7 @@ slots a put got, which rows a sampler chose.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,7 @@ from transfer_queue.ledger.selection import Split
 Int64s: TypeAlias = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One change. `request` is what was asked for, or one of the types in `messages.journal`."""
 
     request: Any

@@ -84,17 +84,18 @@ class Serving:
 
     def redo_put(self, record: Record) -> PutDone:
         """Carry a put out again, into the same slots."""
-        done = self._apply(record.request, record.partition, record.ticket, record.client, record.now, record)
-        return done
+        return self._apply(record.request, record.partition, record.ticket, record.client, record.now, record)
 
     def _apply(
         self, request: Put, name: str, ticket: Ticket, client: str, now: float, before: Record | None = None
     ) -> PutDone:
         done, touched = self._putting.apply(request, name, client, now, None if before is None else before.rows)
-        check = int(done.generations.sum())
-        if before is not None and check != before.check:
+        if before is not None and int(done.generations.sum()) != before.check:
             raise JournalDamaged(f"rows {done.indexes[:10].tolist()} had other generations when they were put first")
-        self.note(Record(request, now, ticket, client, name, done.indexes, check=check))
+        if self._records.keep:
+            check = int(done.generations.sum())
+            self._records.add(Record(request, now, ticket, client, name, done.indexes, check=check))
+        self._rows.blocks.close_orders()
         fields = tuple(spec.name for spec in request.columns)
         for partition in touched:
             if request.tags is None and request.group_ids is None:
@@ -127,7 +128,7 @@ class Serving:
         if done is None or int(done[0].generations.sum()) != record.check:
             raise JournalDamaged(f"rows {record.rows[:10].tolist()} are not what they were when they were drawn first")
         self._drawing.samplers.restore_state(record.request, record.sampler_state)
-        self._note_draw(record.request, record.partition, record.ticket, record.now, record.client, choice, done[0])
+        self.note(record)
         return self._answered(record.ticket, *done)
 
     def undo(self, ticket: Ticket, now: float) -> bool:
@@ -172,35 +173,10 @@ class Serving:
         if done is None:
             return None
         choice, drawn, record = done
-        self._note_draw(draw, name, ticket, asker.now, asker.client, choice, drawn, plan.sampler_state())
+        if self._records.keep:
+            self._records.add(_record_of(draw, name, ticket, asker, choice, drawn, plan.sampler_state()))
+        self._rows.blocks.close_orders()
         return self._answered(ticket, drawn, record)
-
-    def _note_draw(
-        self,
-        draw: Draw,
-        name: str,
-        ticket: Ticket,
-        now: float,
-        client: str,
-        choice: Choice,
-        drawn: Drawn,
-        sampler_state: dict[str, Any] | None = None,
-    ) -> None:
-        self.note(
-            Record(
-                draw,
-                now,
-                ticket,
-                client,
-                name,
-                choice.rows,
-                None if choice.consumed is choice.rows else choice.consumed,
-                int(drawn.generations.sum()),
-                choice.split,
-                choice.bounds,
-                sampler_state,
-            )
-        )
 
     def _answered(self, ticket: Ticket, drawn: Drawn, record: DrawRecord) -> Drawn:
         self.undoable[ticket] = record
@@ -288,3 +264,27 @@ class Serving:
             return self._reports.timeout(late.draw, late.plan, late.partition, waited_s, now)
         self.window_freed = True  # who waited behind it may pass now
         return self._gate.too_late(late.put, late.partition, late.client, waited_s)
+
+
+def _record_of(
+    draw: Draw,
+    name: str,
+    ticket: Ticket,
+    asker: Asker,
+    choice: Choice,
+    drawn: Drawn,
+    sampler_state: dict[str, Any] | None,
+) -> Record:
+    return Record(
+        draw,
+        asker.now,
+        ticket,
+        asker.client,
+        name,
+        choice.rows,
+        None if choice.consumed is choice.rows else choice.consumed,
+        int(drawn.generations.sum()),
+        choice.split,
+        choice.bounds,
+        sampler_state,
+    )

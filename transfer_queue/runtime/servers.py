@@ -7,9 +7,11 @@ themselves. `supervisor` is the process that would start it again; while that on
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import socket
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 from typing_extensions import Self
 
 from transfer_queue.controller import ControllerService
-from transfer_queue.errors import ConnectionLost, InvalidArgument, ProtocolMismatch
+from transfer_queue.errors import ConnectionLost, InvalidArgument, ProtocolMismatch, TransferQueueError
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import (
     PROTOCOL_VERSION,
@@ -43,6 +45,8 @@ from transfer_queue.wire.local import LocalPeer
 from transfer_queue.wire.security import new_token
 from transfer_queue.wire.server import Server
 from transfer_queue.wire.ticket import Ticket
+
+log = logging.getLogger(__name__)
 
 _ANNOUNCE_TIMEOUT_S = 30.0
 _SETTLE_TIMEOUT_S = 30.0
@@ -315,7 +319,10 @@ class UnitServer:
     def _receive(self, message: Announced | FreeBlocks) -> FreesDone | None:
         """Called for everything the controller sends without being asked."""
         if isinstance(message, Announced):
-            if self._returned:
+            if self._returned and message.given_up:
+                again = threading.Thread(target=self._return_again, args=(message.number,), daemon=True)
+                again.start()
+            elif self._returned:
                 self.service.number = message.number
             return None
         self.service.submit(message, Ticket("controller", 0, None, message, lambda ticket, answer: None))
@@ -331,6 +338,13 @@ class UnitServer:
 
         self.service.return_to(number, reconcile)
         self._returned = True
+
+    def _return_again(self, number: int) -> None:
+        """The controller had given this unit up. If it goes away once more, it asks again when it is back."""
+        try:
+            self._return(number)
+        except TransferQueueError as error:
+            log.warning("storage unit %s could not agree with the controller: %s", self._unit_id, error)
 
     def _settle(self, blocks: Int64s) -> Int64s:
         settled = self._controller.begin(Settle(blocks=blocks)).result(_SETTLE_TIMEOUT_S)

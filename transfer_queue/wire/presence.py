@@ -37,6 +37,7 @@ class Presence:
         self._lives = lives
         self._connections: dict[str, set[Hashable]] = {}
         self._absent: dict[str, _Absent] = {}
+        self._next_look = 0.0
 
     def come(self, client_id: str, identity: Hashable) -> None:
         """A connection of this client is there."""
@@ -46,7 +47,8 @@ class Presence:
     def leave(self, client_id: str, identity: Hashable, pid: int) -> None:
         """A connection ended. `pid`: of the process behind it, 0 if that is not known."""
         if self.overlook(client_id, identity) and client_id not in self._connections:
-            self._absent[client_id] = _Absent(self._clock() + self._grace_s, pid)
+            self._next_look = self._clock()
+            self._absent[client_id] = _Absent(self._next_look + self._grace_s, pid)
 
     def overlook(self, client_id: str, identity: Hashable) -> bool:
         """Do not watch this connection any more, whether it is there or not; return whether it was watched."""
@@ -62,9 +64,10 @@ class Presence:
 
     def take_gone(self) -> list[str]:
         """Return the clients that are gone since the last call."""
-        if not self._absent:
+        now = self._clock() if self._absent else 0.0
+        if not self._absent or now < self._next_look:
             return []
-        now = self._clock()
+        self._next_look = now + _LOOK_AGAIN_S
         alive = {pid: self._lives(pid) for pid in {absent.pid for absent in self._absent.values()}}
         gone = [name for name, absent in self._absent.items() if absent.until <= now or not alive[absent.pid]]
         for name in gone:
@@ -73,4 +76,4 @@ class Presence:
 
     def due_s(self) -> float | None:
         """Seconds until `take_gone` has to look again; None: nobody is missed."""
-        return _LOOK_AGAIN_S if self._absent else None
+        return max(0.0, self._next_look - self._clock()) if self._absent else None

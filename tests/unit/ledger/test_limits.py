@@ -12,11 +12,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.unit.ledger.driver import Driver, rows
+from tests.unit.ledger.driver import UNIT, Driver, put_request, rows
 from transfer_queue.errors import CapacityExceeded, InvalidArgument, WrongType
 from transfer_queue.ledger import Ledger
 from transfer_queue.ledger.limits import ADMITTED_S, Claim, Limit, Limits, Usage
-from transfer_queue.messages import Admit
+from transfer_queue.messages import Admit, Clear
 
 PARTITIONS = ("train", "val")
 PRODUCERS = ("rollout-0", "rollout-1")
@@ -331,16 +331,18 @@ def test_usage_outlives_a_restart() -> None:
     assert len(rows(put(queue, 5, client="b"))) == 5
 
 
-def test_a_queue_with_limits_cannot_go_on_from_one_without() -> None:
-    """Nobody knows who holds what; the other way round there is nothing to know."""
-    plain, limited = Driver(), Driver(limits=Limits(total_samples=4))
-    put(plain, 2)
-    with pytest.raises(InvalidArgument, match="start the queue without limits"):
-        limited.ledger.load(plain.ledger.state())
-    put(limited, 2)
-    restarted = Ledger()
-    restarted.load(limited.ledger.state())
-    assert restarted.reports.audit()["partitions"]["p"]["inserted"] == 2
+def test_limits_are_those_of_the_queue_not_of_the_state_it_goes_on_from() -> None:
+    """Samples put before there were limits count, their bytes do not; without limits there is nothing to know."""
+    plain, limited = Driver(), Ledger(limits=Limits(total_samples=4))
+    put(plain, 3)
+    limited.load(plain.ledger.state())
+    with pytest.raises(CapacityExceeded, match="1 too many"):
+        limited.put(put_request(2, ("x",), UNIT + 50), 1, "writer", 0.0)
+    limited.clear(Clear(partition_id="p", global_step=None, indexes=None, generations=None), 0.0)
+    assert limited.put(put_request(4, ("x",), UNIT + 51), 2, "writer", 0.0) is not None
+    unlimited = Ledger()
+    unlimited.load(limited.state())
+    assert unlimited.put(put_request(40, ("x",), UNIT + 52), 3, "writer", 0.0) is not None
 
 
 # ---------------------------------------------------------------- against a model
