@@ -351,9 +351,9 @@ class Ledger:
 
     def load(self, state: State) -> None:
         """Become the ledger that had this state; it must have been made with the same arguments as this one."""
-        self.gate.load(state["usage"])
         known = [load_assignment(described) for described in state["pool"]]
         load_rows(self._rows, state["rows"])
+        self.gate.load(state["usage"])
         load_assignments(self._drawing.assignments, state["assignments"], known)
         load_leases(self.leases, state["leases"], known)
         self.serving.undoable = load_draws(state["draws"], known)
