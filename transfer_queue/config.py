@@ -31,6 +31,7 @@ class Limits:
 
     producer_*       of the samples that one client put and that are not cleared
     max_deliveries   times that a sample is handed out under a lease before it is set aside
+    max_staleness    versions by which the policy that generated a sample may lag behind when it is handed out
     """
 
     total_bytes: int | None = None
@@ -40,6 +41,7 @@ class Limits:
     producer_bytes: int | None = None
     producer_samples: int | None = None
     max_deliveries: int | None = None
+    max_staleness: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Settings:
             "num_global_batch": self.num_global_batch,
             "num_n_samples": self.num_n_samples,
             "max_deliveries": limits.pop("max_deliveries"),
+            "max_staleness": limits.pop("max_staleness"),
             "limits": limits,
         }
 
@@ -137,7 +140,11 @@ def _capacity(name: str, value: Any, limits: Limits) -> int | None:
 
 def _limits(conf: Any) -> Limits:
     """Every limit a positive number of samples or bytes; one within another must not exceed it."""
-    limits = Limits(**{field.name: _optional(f"limits.{field.name}", conf[field.name]) for field in fields(Limits)})
+    most = conf["max_staleness"]
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+        raise InvalidArgument(f"limits.max_staleness must be an int of at least 0, not {most!r}")
+    positive = [field.name for field in fields(Limits) if field.name != "max_staleness"]
+    limits = Limits(**{name: _optional(f"limits.{name}", conf[name]) for name in positive}, max_staleness=most)
     for unit in ("bytes", "samples"):
         total = getattr(limits, f"total_{unit}")
         for part in ("partition", "producer"):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.metadata import BatchMeta
@@ -73,11 +74,11 @@ def names_of(what: str, names: Sequence[str], distinct: bool = True) -> tuple[st
     return tuple(map(str, names))
 
 
-def whole_number(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise WrongType(f"{name} must be an int, not {value!r}")
-    if value < 1:
-        raise InvalidArgument(f"{name} must be at least 1, not {value}")
+    if value < least:
+        raise InvalidArgument(f"{name} must be at least {least}, not {value}")
     return int(value)
 
 
@@ -115,6 +116,21 @@ def group_of(group: Any) -> int | str:
     if isinstance(group, bool) or not isinstance(group, int | str | np.integer):
         raise WrongType(f"a group_id is an int or str, not {group!r}")
     return group if isinstance(group, str) else int(group)
+
+
+def versions_of(policy_version: int | Sequence[int] | None) -> NDArray[np.int64] | None:
+    """int64, [n] if there is one per row and [] if there is one for all."""
+    if policy_version is None:
+        return None
+    try:
+        versions = np.asarray(policy_version)
+    except ValueError:  # lists of several lengths
+        versions = np.empty((0, 0))
+    if versions.dtype.kind not in "iu" or versions.ndim > 1:
+        raise WrongType(f"policy_version must be an int, or a list with one per row, not {policy_version!r:.200}")
+    if versions.size and versions.min() < 0:
+        raise InvalidArgument(f"policy_version must not be negative, not {int(versions.min())}")
+    return versions.astype(np.int64)
 
 
 def tags_of(tags: Tags | None) -> tuple[dict[str, Any] | None, ...] | None:

@@ -198,8 +198,11 @@ def _renew(core: ClientCore, metadata: BatchMeta, lease_s: float | None, timeout
 
 def _distinct(metadata: BatchMeta, rows: Any) -> dict[str, Any]:
     """Indexes and generations of these rows, each sample once."""
-    indexes, first = np.unique(metadata.indexes[rows], return_index=True)
-    return {"indexes": indexes, "generations": metadata.generations[rows][first]}
+    indexes, generations = metadata.indexes[rows], metadata.generations[rows]
+    if (indexes[1:] <= indexes[:-1]).any():
+        indexes, first = np.unique(indexes, return_index=True)
+        generations = generations[first]
+    return {"indexes": indexes, "generations": generations}
 
 
 def _note(error: BaseException, failure: TransferQueueError) -> None:

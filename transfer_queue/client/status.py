@@ -15,6 +15,7 @@ from transfer_queue.client.core import ClientCore
 from transfer_queue.client.steps import Call, Operation
 from transfer_queue.errors import WrongType
 from transfer_queue.messages import (
+    GetAdmission,
     GetAudit,
     GetExplanation,
     GetStatus,
@@ -71,6 +72,23 @@ def audit(core: ClientCore, partition_id: str | int | None = None) -> Operation[
     """Accounting per partition and task, `inserted = pending + reserved + consumed + dropped`, and what is missing."""
     partition = None if partition_id is None else partition_name(partition_id)
     report: Report = yield Call(core.controller, GetAudit(partition_id=partition), DEFAULT_TIMEOUT_S)
+    return report.entries
+
+
+def admission(core: ClientCore, partition_id: str | int | None = None) -> Operation[dict[str, Any]]:
+    """How much more may be put, so that a producer starts no more than that.
+
+    Returns "policy_version"; "samples" and "bytes", None where nothing bounds them; and "bounded_by", the limit that
+    decides (None: none does). They are the least of what the limits leave: the total, this producer, and the
+    partition if one is named. With `limits.max_staleness` and `controller.global_batch_size` samples are bounded by
+
+        (policy_version + max_staleness + 1) × global_batch_size × num_n_samples − samples with a version so far
+
+    less those that were dropped: what is started then is not too old when its turn comes (the rule of AReaL's
+    staleness control, inclusionAI/AReaL). Nothing is reserved: what is being generated is for the producer to count.
+    """
+    partition = None if partition_id is None else partition_name(partition_id)
+    report: Report = yield Call(core.controller, GetAdmission(partition_id=partition), DEFAULT_TIMEOUT_S)
     return report.entries
 
 

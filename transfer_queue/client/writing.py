@@ -21,6 +21,7 @@ from transfer_queue.client.arguments import (
     partition_name,
     tags_of,
     timeout_seconds,
+    versions_of,
     whole_number,
 )
 from transfer_queue.client.core import ClientCore, changed
@@ -46,6 +47,7 @@ from transfer_queue.messages import (
     SetTags,
     Settle,
     Settled,
+    SetVersion,
     Withdraw,
 )
 from transfer_queue.metadata import BatchMeta
@@ -72,6 +74,7 @@ def put(
     group_ids: Sequence[int | str] | None = None,
     group_size: int | None = None,
     shared_fields: Sequence[str] | None = None,
+    policy_version: int | Sequence[int] | None = None,
     timeout: float | None = None,
 ) -> Operation[BatchMeta]:
     """Write rows of fields; what was put is visible to everyone, whole, when this returns.
@@ -86,6 +89,9 @@ def put(
     per row, of which that of the group's first row is stored, or with an entry per group, in the order in which the
     groups first appear. With `metadata` the groups are those that it knows of its rows.
 
+    `policy_version` is that of the policy that generated the rows, one for all or one per row. A row gets it once, with
+    `metadata` also later. With `limits.max_staleness`, rows that are too old already are dropped at once, and counted.
+
     With a leased `metadata` the put is refused with `LeaseExpired` once the lease is over: whoever draws the samples
     then writes them.
 
@@ -99,13 +105,15 @@ def put(
         check_handle(metadata, partition_id, global_step, keys, group_ids)
     groups = None if group_ids is None else tuple(group_of(group) for group in group_ids)
     sharing = _sharing(shared_fields, groups, metadata)
+    versions = versions_of(policy_version)
+    per_row = None if versions is None or versions.ndim == 0 else versions
     num_rows, encoded = _encoded(core, data, sharing)
     if metadata is None:
         partition, step = address(partition_id, global_step)
-        count = agreed_rows(data=num_rows, keys=keys, tags=tags, group_ids=group_ids)
+        count = agreed_rows(data=num_rows, keys=keys, tags=tags, group_ids=group_ids, policy_version=per_row)
         request = new_rows(partition, step, count)
     else:
-        count = agreed_rows(data=num_rows, metadata=metadata, tags=tags)
+        count = agreed_rows(data=num_rows, metadata=metadata, tags=tags, policy_version=per_row)
         request = same_rows(metadata)
         metadata.update_custom_meta(tags)
         tags = metadata.changed_tags()
@@ -114,6 +122,7 @@ def put(
         "tags": tags_of(tags),
         "group_ids": groups,
         "group_size": group_size,
+        "versions": None if versions is None else np.broadcast_to(versions, count).copy(),
     }
     return (yield from put_rows(core, request, encoded, timeout_s, metadata))
 
@@ -125,6 +134,17 @@ def set_custom_meta(core: ClientCore, metadata: BatchMeta) -> Operation[None]:
         request = SetTags(indexes=metadata.indexes, generations=metadata.generations, tags=tags)
         yield from changed(core, request)
         metadata.mark_tags_sent()
+
+
+def set_policy_version(core: ClientCore, version: int) -> Operation[int]:
+    """The policy has this version from now on, 0 at first; what is put says of which version it is (`policy_version`).
+
+    With `limits.max_staleness`, samples whose version is lower by more than that are not handed out any more: they are
+    dropped as "stale", those that somebody has when they come back, and `audit()` counts them by producer and by their
+    tag "source". Samples that every task of the partition consumed stay until they are cleared. Returns how many were
+    dropped now. Setting the same version again changes nothing; a lower one raises `InvalidArgument`.
+    """
+    return (yield from changed(core, SetVersion(version=whole_number("version", version, least=0))))
 
 
 def seal_group(core: ClientCore, group_id: int | str, partition_id: str | int) -> Operation[None]:

@@ -7,14 +7,14 @@ give the ledger, the units with their numbers, and the answers that clients may 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgpack
 import numpy as np
 
 from transfer_queue.controller.units import UnitBook
@@ -36,15 +36,15 @@ from transfer_queue.messages import (
     Request,
     SetTags,
 )
-from transfer_queue.messages.journal import DrawUndone, Recorded
-from transfer_queue.wire.codec import decode, encode_message, pack_value, unpack_value
+from transfer_queue.messages.journal import DrawUndone
+from transfer_queue.wire.codec import decode, encode_message, frame_bytes, pack_value, unpack_value
 from transfer_queue.wire.requests import RequestTable
 from transfer_queue.wire.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_LENGTHS = struct.Struct("<II")  # header and body of the `Recorded`; header and body of the request follow
+_LENGTHS = struct.Struct("<II")  # of what stands before the request, and of the request's header; its body follows
 _GROWING = (Put, Draw, SetTags, RegisterSampler, Admit, Announce)  # refused where space is short; all else gets it free
 _RECORD_BYTES = 4096  # of a record beside the request and the rows
 _ROW_BYTES = 32  # index and mark of a row that a draw hands out, twice
@@ -58,7 +58,7 @@ class Keeper:
         self._ledger = ledger
         self._units = units
         self._requests = requests
-        self._encoded: tuple[Any, list[bytes]] | None = None  # the request that was looked at last
+        self._encoded: tuple[Any, Sequence[Any]] | None = None  # the request that was looked at last, and its frames
         self._snapshot: threading.Thread | None = None
         ledger.records.keep = True
 
@@ -90,14 +90,18 @@ class Keeper:
 
     # ------------------------------------------------------------ writing
 
-    def admit(self, request: Request) -> None:
-        """Raise `CapacityExceeded` if there may be no room to write down what this request changes."""
-        if not isinstance(request, _GROWING):
-            return
-        frames = encode_message(request)
-        self._encoded = (request, frames)
-        rows = min(request.batch_size, self._ledger.capacity) if isinstance(request, Draw) else 0
-        self._journal.check_room(sum(map(len, frames)) + _RECORD_BYTES + _ROW_BYTES * max(rows, 0))
+    def admit(self, request: Request, frames: Sequence[Any] | None = None) -> None:
+        """Raise `CapacityExceeded` if there may be no room to write down what this request changes.
+
+        `frames`: as it came, if it did; they are written down as they are.
+        """
+        growing = isinstance(request, _GROWING)
+        if frames is None and growing:
+            frames = encode_message(request)
+        self._encoded = None if frames is None else (request, frames)
+        if growing and frames is not None:
+            rows = min(request.batch_size, self._ledger.capacity) if isinstance(request, Draw) else 0
+            self._journal.check_room(sum(map(frame_bytes, frames)) + _RECORD_BYTES + _ROW_BYTES * max(rows, 0))
 
     @property
     def short(self) -> bool:
@@ -134,27 +138,12 @@ class Keeper:
             self._snapshot.join()
         self._journal.close()
 
-    def _parts(self, record: Record, asked: Any) -> Iterator[bytes]:
-        client, request_id = asked if asked is not None else ("", 0)
-        recorded = encode_message(
-            Recorded(
-                now=record.now,
-                client=record.client,
-                asked_by=client,
-                request_id=request_id,
-                partition_id=record.partition,
-                rows=record.rows,
-                consumed=record.consumed,
-                check=record.check,
-                split=None if record.split is None else dataclasses.asdict(record.split),
-                bounds=None if record.bounds is None else np.array(record.bounds, np.int64),
-                sampler_state=record.sampler_state,
-            )
-        )
+    def _parts(self, record: Record, asked: Any) -> Iterator[Any]:
         known = self._encoded is not None and self._encoded[0] is record.request
         request = self._encoded[1] if known and self._encoded else encode_message(record.request)
-        yield _LENGTHS.pack(len(recorded[0]), len(recorded[1]))
-        yield from recorded
+        recorded = _packed(record, *(asked if asked is not None else ("", 0)))
+        yield _LENGTHS.pack(len(recorded), len(request[0]))
+        yield recorded
         yield from request
 
     # ------------------------------------------------------------ snapshots
@@ -240,8 +229,8 @@ def _load(snapshot: bytes, ledger: Ledger, units: UnitBook, requests: RequestTab
 
 
 def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable) -> None:
-    recorded, request = unpack_record(data)
-    asked = (recorded.asked_by, recorded.request_id)
+    record = unpack_record(data)
+    request, asked = record.request, cast("tuple[str, int]", record.ticket)
     reply: Reply | None
     match request:
         case Announce():
@@ -252,20 +241,6 @@ def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable
                 ledger.blocks.confirm(number, request.sequence)
             reply = None
         case _:
-            split = None if recorded.split is None else Split(**recorded.split)
-            record = Record(
-                request,
-                recorded.now,
-                asked,
-                recorded.client,
-                recorded.partition_id,
-                recorded.rows,
-                recorded.consumed,
-                recorded.check,
-                split,
-                None if recorded.bounds is None else recorded.bounds.tolist(),
-                recorded.sampler_state,
-            )
             reply = replay(ledger, record)
     if isinstance(request, DrawUndone):
         requests.withdraw(*asked)
@@ -273,15 +248,43 @@ def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable
         requests.restore(*asked, request, reply)
 
 
-def unpack_record(data: bytes) -> tuple[Recorded, Any]:
-    """Return what stands before a request in a record, and the request."""
-    if len(data) < _LENGTHS.size:
-        raise DecodeError(f"a record of {len(data)} bytes is too short")
-    header, body = _LENGTHS.unpack_from(data)
-    at = _LENGTHS.size
-    recorded = decode([data[at : at + header], data[at + header : at + header + body]])[1]
-    rest = data[at + header + body :]
-    return recorded, decode([rest[:header], rest[header:]])[1]
+def unpack_record(data: bytes) -> Record:
+    """Return what `Keeper.keep` wrote; its ticket is a client id and a request id. Raises `DecodeError`."""
+    try:
+        size, header = _LENGTHS.unpack_from(data)
+        recorded, rest = data[_LENGTHS.size : _LENGTHS.size + size], data[_LENGTHS.size + size :]
+        request = decode([rest[:header], rest[header:]])[1]
+        found = msgpack.unpackb(recorded, unicode_errors="surrogatepass")
+        now, client, asked_by, request_id, partition, rows, consumed, check, choice = found
+        split, bounds, sampler_state = (None, None, None) if choice is None else unpack_value(choice)
+        return Record(
+            request,
+            now,
+            (asked_by, request_id),
+            client,
+            partition,
+            None if rows is None else np.frombuffer(rows, np.int64),
+            None if consumed is None else np.frombuffer(consumed, np.int64),
+            check,
+            None if split is None else Split(*split),
+            bounds,
+            sampler_state,
+        )
+    except (struct.error, msgpack.UnpackException, TypeError, ValueError) as error:
+        raise DecodeError(f"these {len(data)} bytes are no record: {error}") from error
+
+
+def _packed(record: Record, asked_by: str, request_id: int) -> bytes:
+    """What stands before the request. Every change waits for it, so it is no message type of its own."""
+    choice = None
+    if record.split is not None or record.bounds is not None or record.sampler_state is not None:
+        split = record.split and [record.split.rank, record.split.size, record.split.group, record.split.batch_index]
+        choice = pack_value([split, record.bounds, record.sampler_state])
+    rows = None if record.rows is None else record.rows.tobytes()
+    consumed = None if record.consumed is None else record.consumed.tobytes()
+    head = (record.now, record.client, asked_by, request_id, record.partition)
+    packed: bytes = msgpack.packb((*head, rows, consumed, record.check, choice), unicode_errors="surrogatepass")
+    return packed
 
 
 def _framed(message: Any) -> list[bytes]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -36,10 +36,12 @@ from transfer_queue.messages import (
     EndCut,
     FreeBlocks,
     FreesDone,
+    GetAdmission,
     ListUnits,
     Put,
     Reconcile,
     Reply,
+    Report,
     Request,
     Restore,
     Units,
@@ -142,7 +144,7 @@ class ControllerService:
         with self._lock:
             now = self._clock()
             try:
-                self._check(request)
+                self._check(request, ticket.frames)
                 reply: Reply | TransferQueueError | None = self._dispatch(request, ticket, now)
             except TransferQueueError as error:
                 reply = error
@@ -204,14 +206,14 @@ class ControllerService:
 
     # ------------------------------------------------------------ inside
 
-    def _check(self, request: Request | None = None) -> None:
+    def _check(self, request: Request | None = None, frames: Sequence[Any] | None = None) -> None:
         """Raise if this request is about too much, or what it changes could not be written down."""
         if request is not None:
             check_counts(request)
         if self._broken is not None:
             raise type(self._broken)(self._broken.message, **self._broken.details)
         if self._keeper is not None and request is not None:
-            self._keeper.admit(request)
+            self._keeper.admit(request, frames)
 
     def _keep(self, ticket: Ticket | None) -> None:
         if self._keeper is None or self._broken is not None:
@@ -239,7 +241,7 @@ class ControllerService:
 
         `ticket`: of the request that was carried out. Returns what units have to do.
         """
-        self._held_back = self._keeper is not None and self._keeper.short
+        self._held_back = bool(self._parked) and self._keeper is not None and self._keeper.short
         answers = self._ledger.wake(now, serve=not self._held_back)
         self._keep(ticket)
         for key, answer in answers:
@@ -280,6 +282,8 @@ class ControllerService:
                 return self._park(ticket, self._ledger.put(request, key, shown(ticket.client_id), now))
             case Admit():
                 return self._park(ticket, self._ledger.admit(request, key, shown(ticket.client_id), now))
+            case GetAdmission():
+                return Report(entries=self._ledger.reports.admission(request, shown(ticket.client_id)))
             case ListUnits() if not len(self._units) and request.timeout_s > 0:
                 self._waiting_for_units.append((now + request.timeout_s, ticket))
                 return None

@@ -28,6 +28,7 @@ from transfer_queue.messages import (
     SealGroup,
     SetTags,
     Settle,
+    SetVersion,
 )
 from transfer_queue.samplers import create_sampler
 
@@ -59,6 +60,8 @@ def ask(ledger: Ledger, request: Request, now: float) -> Reply:
             sampler = create_sampler(request.sampler, **request.arguments)
             ledger.register_sampler(request.task_name, sampler, now, request)
             return Done()
+        case SetVersion():
+            return Done(count=ledger.set_policy_version(request, now))
         case Settle():
             return ledger.settle(request, now)
         case Reconcile():

@@ -35,7 +35,7 @@ class Assignment:
     consumed: Int64s  # what the sampler marks consumed
     held: Handle  # reserved until the assignment is complete; what is consumed by it from then on
     deliveries: Counter[int] = field(default_factory=Counter)  # how often each rank got its slice
-    broken: set[int] = field(default_factory=set)  # ranks whose slice lost rows before they came
+    broken: set[int] = field(default_factory=set)  # ranks whose slice lost rows, or got too old, before they came
     done: set[int] = field(default_factory=set)  # ranks that got theirs, and acknowledged it if it was leased
     leased: dict[int, int] = field(default_factory=dict)  # rank -> token of its open lease
     tokens: dict[int, int] = field(default_factory=dict)  # rank -> token of its last lease
@@ -96,7 +96,7 @@ class Assignments:
                     f"ranks of dp_group_id {split.group!r} of task {draw.task_name!r} disagree on {name}: "
                     f"rank {split.rank} asks with {mine!r}, the group was formed with {found.terms[name]!r}"
                 )
-        if not self._table.fresh(*found.slice_of(split.rank)).all():
+        if split.rank in found.broken or not self._table.fresh(*found.slice_of(split.rank)).all():
             self._came_too_late(partition, draw, split)
         return found
 
@@ -189,7 +189,7 @@ class Assignments:
         named = f"dp_group_id {split.group!r}, batch_index {split.batch_index}"
         which = named if split.group is not None else "its next batch"
         raise StaleSampleError(
-            f"samples of {which} were cleared in partition {partition!r}; rank {split.rank} of task "
+            f"samples of {which} were cleared or dropped in partition {partition!r}; rank {split.rank} of task "
             f"{draw.task_name!r} came too late for them"
         )
 

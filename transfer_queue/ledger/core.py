@@ -23,9 +23,9 @@ from transfer_queue.ledger.leases import Lease, LeaseBook
 from transfer_queue.ledger.limits import Limits, Usage
 from transfer_queue.ledger.lookup import Lookup
 from transfer_queue.ledger.losing import reconcile
-from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.putting import Putting
 from transfer_queue.ledger.records import Record, Records
+from transfer_queue.ledger.removing import CLEARED, Removing
 from transfer_queue.ledger.reports import Reports
 from transfer_queue.ledger.restoring import restorable
 from transfer_queue.ledger.rows import Rows
@@ -44,6 +44,8 @@ from transfer_queue.ledger.state import (
     load_leases,
     load_rows,
 )
+from transfer_queue.ledger.stirring import Stirred
+from transfer_queue.ledger.versions import Versions
 from transfer_queue.ledger.waiting import Ticket, WaitingPut, WaitingRoom
 from transfer_queue.messages import (
     AbortGroup,
@@ -67,6 +69,7 @@ from transfer_queue.messages import (
     SetTags,
     Settle,
     Settled,
+    SetVersion,
 )
 from transfer_queue.messages.journal import LeaseEnded, Resumed, SamplerGiven
 from transfer_queue.samplers import BaseSampler
@@ -87,26 +90,32 @@ class Ledger:
         sampler: SamplerLike | None = None,
         max_deliveries: int | None = None,
         limits: Limits | Mapping[str, int | None] | None = None,
+        max_staleness: int | None = None,
     ) -> None:
         for name, value in (("num_global_batch", num_global_batch), ("num_n_samples", num_n_samples)):
             _check_positive(name, value)
         for name, optional in (("global_batch_size", global_batch_size), ("max_deliveries", max_deliveries)):
             if optional is not None:
                 _check_positive(name, optional)
+        if max_staleness is not None and (type(max_staleness) is not int or max_staleness < 0):
+            raise InvalidArgument(f"max_staleness must be a whole number of at least 0, not {max_staleness!r}")
         ring = (global_batch_size * num_n_samples, num_global_batch) if global_batch_size else (0, 0)
         limits = limits if isinstance(limits, Limits) else Limits(**(limits or {}))
         self._rows = Rows(*ring, Usage(limits) if limits else None)
         self.gate = Gate(self._rows)
         self._waiting = WaitingRoom()
-        self._putting = Putting(self._rows, num_n_samples)
+        self._versions = Versions(self._rows, max_staleness)
+        self._putting = Putting(self._rows, num_n_samples, self._versions)
         self._lookup = Lookup(self._rows)
         self._drawing = Drawing(self._rows, self._lookup, sampler, num_n_samples, max_deliveries)
         self._leasing = self._drawing.leasing
+        self._stirred = Stirred()
+        self._removing = Removing(self._rows, self._drawing, self._versions, self._stirred)
         self.records = Records()
         self._refused: list[Answer] = []  # parked requests that a change made impossible
-        self.reports = Reports(self._rows, self._drawing, self._waiting, self.gate)
-        parts = (self._rows, self._putting, self._drawing, self._waiting, self.reports, self.records)
-        self.serving = Serving(*parts, self.gate)
+        self.reports = Reports(self._rows, self._drawing, self._waiting, self.gate, self._versions)
+        parts = (self._rows, self._putting, self._drawing, self._removing, self._waiting, self.reports, self.records)
+        self.serving = Serving(*parts, self.gate, self._stirred)
 
     @property
     def capacity(self) -> int:
@@ -141,7 +150,7 @@ class Ledger:
         """Merge tags into rows; returns their number. Samplers may choose by them: waiting draws are tried again."""
         self._putting.set_tags(request)
         for partition, _ in self._rows.owners(request.indexes):
-            self.serving.stir(partition.name)
+            self._stirred.stir(partition.name)
         self.serving.note(Record(request, now))
         return len(request.indexes)
 
@@ -150,7 +159,7 @@ class Ledger:
         partition = self._rows.existing(request.partition_id)
         group = partition.groups.seal(request.group_id)
         partition.recheck_group(group)
-        self.serving.stir(partition.name)
+        self._stirred.stir(partition.name)
         self.serving.note(Record(request, now))
         return group.size
 
@@ -158,7 +167,7 @@ class Ledger:
         """Drop the rows of a group; later rows for it are refused."""
         partition = self._rows.existing(request.partition_id)
         group = partition.groups.abort(request.group_id)
-        count = self._remove(partition, partition.rows_at(group.ordinals), request.reason)
+        count = self._removing.remove(partition, partition.rows_at(group.ordinals), request.reason)
         self.serving.note(Record(request, now))
         return count
 
@@ -169,9 +178,19 @@ class Ledger:
         self._rows.table.check_fresh(request.indexes, request.generations)
         rows = np.unique(request.indexes)
         for partition, positions in self._rows.owners(rows):
-            self._drop(partition, rows[positions], request.reason)
+            self._removing.drop(partition, rows[positions], request.reason)
         self.serving.note(Record(request, now))
         return len(rows)
+
+    def set_policy_version(self, request: SetVersion, now: float) -> int:
+        """The policy has this version now. Drops what is too old for it and in nobody's hands; returns how many."""
+        self._versions.check_next(request.version)
+        if request.version == self._versions.current:
+            return 0
+        self._versions.advance(request.version)
+        count = self._removing.drop_stale()
+        self.serving.note(Record(request, now))
+        return count
 
     def settle(self, request: Settle, now: float) -> Settled:
         """Which of these blocks of a dead writer are in use? The others are refused from now on."""
@@ -183,7 +202,7 @@ class Ledger:
         """A unit came back with these blocks: rows of those it lost are not ready any more."""
         reconciled, hurt = reconcile(self._rows, request.unit, request.blocks)
         for name in hurt:
-            self.serving.stir(name)
+            self._stirred.stir(name)
         self.serving.note(Record(request, now))
         return reconciled
 
@@ -199,7 +218,7 @@ class Ledger:
         self._end_overdue(now)
         count, more = self._leasing.ack(request.lease_token, request.indexes, request.generations)
         if more is not None:
-            self.serving.stir(more.name)
+            self._stirred.stir(more.name)
         self.serving.note(Record(request, now))
         return count
 
@@ -207,8 +226,8 @@ class Ledger:
         """Give rows of a lease back, to be drawn again; returns their number."""
         self._end_overdue(now)
         count, partition, spoiled = self._leasing.release(request.lease_token, request.indexes, request.generations)
-        self._quarantine(partition, spoiled)
-        self.serving.stir(partition.name)
+        self._removing.quarantine(partition, spoiled)
+        self._stirred.stir(partition.name)
         self.serving.note(Record(request, now))
         return count
 
@@ -222,8 +241,8 @@ class Ledger:
     def end_lease(self, lease: Lease, how: str, now: float) -> None:
         """A lease is over without a word from its holder."""
         partition, spoiled = self._leasing.end(lease, how)
-        self._quarantine(partition, spoiled)
-        self.serving.stir(partition.name)
+        self._removing.quarantine(partition, spoiled)
+        self._stirred.stir(partition.name)
         self.serving.note(Record(LeaseEnded(lease_token=lease.token, how=how), now))
 
     def client_gone(self, client: str, now: float) -> None:
@@ -239,14 +258,14 @@ class Ledger:
         """Nobody waits for this request any more: forget it, or give back what it drew. False: it is not known."""
         waiting = self._waiting.remove(ticket)
         if waiting is not None:
-            self.serving.window_freed |= isinstance(waiting, WaitingPut)  # who waited behind it may pass now
+            self._stirred.window_freed |= isinstance(waiting, WaitingPut)  # who waited behind it may pass now
             return True
         return self.serving.undo(ticket, now)
 
     def reset(self, request: ResetConsumption, now: float) -> int:
         """Give back what a task, or every task, consumed or reserved in a partition; returns how many rows it has."""
         name = self._rows.name(request.partition_id, request.global_step)
-        self.serving.stir(name)
+        self._stirred.stir(name)
         self.serving.settle_draws(name, request.task_name)
         count = self._drawing.reset(name, request.task_name)
         self.serving.note(Record(request, now))
@@ -255,13 +274,13 @@ class Ledger:
     def clear(self, request: Clear, now: float) -> int:
         """Remove the named rows, or a partition with its name. Unknown partitions: nothing to do."""
         if request.indexes is not None:
-            count = self._clear_rows(request.indexes, request.generations)
+            count = self._removing.clear(request.indexes, request.generations)
             self.serving.note(Record(request, now))
             return count
         partition = self._rows.partitions.get(self._rows.name(request.partition_id, request.global_step))
         if partition is None:
             return 0
-        count = self._remove(partition, partition.rows(), "cleared")
+        count = self._removing.remove(partition, partition.rows(), CLEARED)
         self._drawing.assignments.forget(partition.name)
         self.serving.settle_draws(partition.name, None)
         self._rows.drop_partition(partition)
@@ -284,7 +303,7 @@ class Ledger:
             except TransferQueueError as error:
                 self._waiting.remove(waiting.ticket)
                 self._refused.append((waiting.ticket, error))
-            self.serving.stir(waiting.partition)
+            self._stirred.stir(waiting.partition)
         return made
 
     def lose_sampler(self, given: SamplerGiven, now: float) -> None:
@@ -329,6 +348,7 @@ class Ledger:
             "draws": dump_draws(self.serving.undoable, numbered),
             "samplers": self._drawing.samplers.state(),
             "usage": self.gate.state(),
+            "versions": self._versions.state(),
         }
         return state | {"pool": [dump_assignment(assignment) for assignment in numbered.all]}
 
@@ -345,6 +365,7 @@ class Ledger:
         except (TransferQueueError, KeyError, TypeError, ValueError, IndexError, AssertionError):
             self.load(before)
             raise
+        self._removing.drop_stale()  # this queue may have another window, and nobody has anything of it
         self.blocks.free(gone)
         self.serving.try_all_again()
         return sum(partition.live for partition in self._rows.partitions.values())
@@ -353,6 +374,7 @@ class Ledger:
         """Become the ledger that had this state; it must have been made with the same arguments as this one."""
         known = [load_assignment(described) for described in state["pool"]]
         load_rows(self._rows, state["rows"])
+        self._versions.load(state["versions"])
         self.gate.load(state["usage"])
         load_assignments(self._drawing.assignments, state["assignments"], known)
         load_leases(self.leases, state["leases"], known)
@@ -364,37 +386,6 @@ class Ledger:
     def _end_overdue(self, now: float) -> None:
         for lease in self.leases.overdue(now):
             self.end_lease(lease, "it ran out", now)
-
-    def _quarantine(self, partition: Partition, rows: Int64s) -> None:
-        """Rows that were given back too often are dropped; the partition remembers what they were."""
-        if len(rows):
-            partition.remember_quarantined(rows)
-            self._drop(partition, rows, "quarantined")
-
-    def _drop(self, partition: Partition, rows: Int64s, reason: str) -> None:
-        ordinals = partition.ordinals(rows)
-        shrunk = partition.shrink_groups(rows)
-        self._remove(partition, rows, reason)
-        for group in shrunk:
-            partition.recheck_group(group)
-        partition.recheck_positions(ordinals)
-
-    def _clear_rows(self, rows: Int64s, generations: Int64s | None) -> int:
-        self._rows.table.check_fresh(rows, np.full_like(rows, -1) if generations is None else generations)
-        rows = np.unique(rows)
-        for partition, positions in self._rows.owners(rows):
-            self._remove(partition, rows[positions], "cleared")
-        return len(rows)
-
-    def _remove(self, partition: Partition, rows: Int64s, reason: str) -> int:
-        if len(rows):
-            self._rows.remove(partition, rows, reason)
-            self._leasing.forget_rows(partition, lambda held: ~self._rows.table.fresh(*held))
-            self._drawing.reserving.after_clear(partition)
-        if partition.step is not None:
-            self.serving.window_freed = True
-        self.serving.stir(partition.name)
-        return len(rows)
 
 
 def _check_positive(name: str, value: int) -> None:

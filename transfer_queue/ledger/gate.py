@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transfer_queue.errors import CapacityExceeded, InvalidArgument
-from transfer_queue.ledger.limits import ADMIT_FROM_BYTES, Claim
+from transfer_queue.ledger.limits import ADMIT_FROM_BYTES, Claim, Limit
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.messages import Admit, Put
 
@@ -46,6 +46,10 @@ class Gate:
         if isinstance(request, Put) and request.admission is not None and self._usage.use(request.admission, claim):
             return None
         return self._usage.obstacle(claim)
+
+    def left(self, partition: str | None, producer: str) -> dict[Limit, int]:
+        """What the limits that are set leave this producer."""
+        return {} if self._usage is None else self._usage.left(partition, producer)
 
     def wait(self, request: Put | Admit, name: str, client: str) -> None:
         """It waits: what comes later and needs the same limit waits behind it."""

@@ -103,7 +103,7 @@ class Leasing:
         if self.book.ended.get(token) == _ACKNOWLEDGED:
             return 0, None
         lease = self.book.get(token)
-        chosen = self._chosen(lease, rows, generations, (OPEN, DONE))
+        chosen = self._chosen(lease, rows, generations, DONE)
         partition = self._rows.partitions[lease.partition]
         count = self._settle(lease, chosen, DONE, "acked")
         settled = lease.rows.rows[chosen[lease.marked[chosen]]]
@@ -135,7 +135,7 @@ class Leasing:
     def release(self, token: int, rows: Int64s, generations: Int64s) -> tuple[int, Partition, Int64s]:
         """Give rows of a lease back; returns their number, their partition, and what is to be quarantined."""
         lease = self.book.get(token)
-        chosen = self._chosen(lease, rows, generations, (OPEN,))
+        chosen = self._chosen(lease, rows, generations, OPEN)
         partition = self._rows.partitions[lease.partition]
         back = self._give_back(partition, lease, chosen, "released")
         if not lease.open.any():
@@ -221,15 +221,18 @@ class Leasing:
 
     # ------------------------------------------------------------ inside
 
-    def _chosen(self, lease: Lease, rows: Int64s, generations: Int64s, allowed: tuple[int, ...]) -> Int64s:
-        """Positions of these rows, all of which are in the lease and in one of these states."""
+    def _chosen(self, lease: Lease, rows: Int64s, generations: Int64s, last: int) -> Int64s:
+        """Positions of these rows, all of which are in the lease and in a state up to `last`."""
         self._rows.table.check_fresh(rows, generations)
-        positions = np.unique(lease.positions(rows))
-        if len(positions) and positions[0] < 0:
-            foreign = rows[lease.positions(rows) < 0]
+        found = lease.positions(rows)
+        if len(found) and found.min() < 0:
+            foreign = rows[found < 0]
             raise InvalidArgument(f"samples {foreign[:10].tolist()} are not part of lease {lease.token}")
+        meant = np.zeros(len(lease.state), np.bool_)
+        meant[found] = True
+        positions = np.flatnonzero(meant)
         states = lease.state[positions]
-        lost = lease.rows.rows[positions[~np.isin(states, allowed)]]
+        lost = lease.rows.rows[positions[states > last]]
         if len(lost):
             raise LeaseExpired(f"samples {lost[:10].tolist()} of lease {lease.token} are settled already: draw again")
         chosen: Int64s = positions[states == OPEN]

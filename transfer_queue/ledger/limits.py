@@ -162,6 +162,14 @@ class Usage:
 
     # ------------------------------------------------------------ may it come in
 
+    def left(self, partition: str | None, producer: str) -> dict[Limit, int]:
+        """What the limits that are set leave this producer, in this partition if one is named."""
+        holders = {"total": "", "partition": partition, "producer": producer}
+        named = [(scope, holder) for scope, holder in holders.items() if holder is not None]
+        limits = [Limit(scope, holder, unit) for unit in ("samples", "bytes") for scope, holder in named]
+        bounds = ((limit, self.limits.of(limit)) for limit in limits)
+        return {limit: max(bound - self.held(limit), 0) for limit, bound in bounds if bound is not None}
+
     def check(self, claim: Claim) -> None:
         """Raise `CapacityExceeded` for a put of new rows that is larger than a limit."""
         for limit, needed, allowed in self.limits.needed_by(claim) if claim.samples else ():

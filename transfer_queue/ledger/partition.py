@@ -62,6 +62,7 @@ class Partition:
         self.dropped: Counter[str] = Counter()
         self.lost: dict[str, set[int]] = {}  # field -> rows whose data went with a storage unit
         self.quarantined: list[dict[str, Any]] = []
+        self.stale: dict[str, Counter[str]] = {"by_producer": Counter(), "by_source": Counter()}  # rows dropped as such
         self.ready: dict[tuple[str, tuple[str, ...]], ReadySet] = {}
         self._table = table
 
@@ -125,6 +126,14 @@ class Partition:
         self.indexes[ordinals - self.base] = -1
         self.live -= len(rows)
         self._compact()
+
+    def used(self, rows: Int64s) -> NDArray[np.bool_]:
+        """[n] bool: every task that asked for rows of the partition consumed this one; False if none has asked."""
+        done = np.full(len(rows), bool(self.accounts))
+        for task in self.accounts:
+            column = self._table.tasks.get(task)
+            done &= False if column is None else column.consumed[rows] == 1
+        return done
 
     def _lose_field(self, name: str, state: FieldState, rows: Int64s) -> bool:
         state.rows -= int(self._table.columns[name].ready[rows].sum())
@@ -270,6 +279,12 @@ class Partition:
         """The rows are neither consumed nor reserved by the task any more."""
         for ready in self.ready_of(task):
             self._offer(ready, rows)
+
+    def withhold(self, rows: Int64s) -> None:
+        """No task gets these rows any more that has not got them yet."""
+        ordinals = self.ordinals(rows)
+        for ready in self.ready.values():
+            ready.discard(ordinals)
 
     def ready_of(self, task: str) -> list[ReadySet]:
         return [ready for (name, _), ready in self.ready.items() if name == task]

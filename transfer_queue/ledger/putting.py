@@ -12,6 +12,7 @@ from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.ledger.groups import GroupTable
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.rows import Rows, Writer
+from transfer_queue.ledger.versions import Versions
 from transfer_queue.messages import Put, PutDone, SetTags
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -21,14 +22,16 @@ Positions: TypeAlias = list[tuple[Partition, Int64s]]  # which rows of a put are
 class Putting:
     """Inserts rows and writes cells. All checks come before the first change."""
 
-    def __init__(self, rows: Rows, num_n_samples: int) -> None:
+    def __init__(self, rows: Rows, num_n_samples: int, versions: Versions) -> None:
         self._rows = rows
+        self._versions = versions
         self._num_n_samples = num_n_samples
 
     def check(self, put: Put) -> str:
         """Raise for a put that is wrong whatever the state; return the name of its partition ("" if rows are named)."""
         count = put.num_rows
-        for name, values in (("keys", put.keys), ("tags", put.tags), ("group_ids", put.group_ids)):
+        per_row = (("keys", put.keys), ("tags", put.tags), ("group_ids", put.group_ids), ("versions", put.versions))
+        for name, values in per_row:
             if values is not None and len(values) != count:
                 raise InvalidArgument(f"{len(values)} {name} for {count} rows")
         if put.tags is not None and not all(tag is None or isinstance(tag, dict) for tag in put.tags):
@@ -81,6 +84,8 @@ class Putting:
                 partition.offer_new(rows, fields)
             else:
                 partition.refresh(rows[positions], fields)
+        if put.versions is not None:
+            self._versions.give(rows, put.versions, client)
         done = PutDone(partition_id=name, indexes=rows, generations=self._rows.table.generation[rows])
         return done, [partition for partition, _ in touched]
 
@@ -95,6 +100,8 @@ class Putting:
         self._rows.table.check_fresh(rows, generations)
         if len(np.unique(rows)) != len(rows):
             raise InvalidArgument("a handle with repeated rows cannot be written to; select distinct rows first")
+        if put.versions is not None:
+            self._versions.check(rows, put.versions)
         touched = self._rows.owners(rows)
         for partition, _ in touched:
             partition.check_columns(put.columns)
@@ -113,6 +120,8 @@ class Putting:
         rows = found if put.keys is not None else np.full(put.num_rows, -1, dtype=np.int64)
         new = np.flatnonzero(rows < 0)
         self._check_groups(put, known, rows, new)
+        if put.versions is not None:
+            self._versions.check(rows[rows >= 0], put.versions[rows >= 0])
         if known is not None:
             known.check_columns(put.columns)
         if len(new):

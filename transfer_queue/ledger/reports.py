@@ -15,19 +15,22 @@ from transfer_queue.ledger.leases import shown
 from transfer_queue.ledger.partition import Partition, ready_key
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.selection import Plan, has_filter
+from transfer_queue.ledger.versions import Versions
 from transfer_queue.ledger.waiting import WaitingRoom
-from transfer_queue.messages import Draw, GetExplanation, GetStatus, Status
+from transfer_queue.messages import Draw, GetAdmission, GetExplanation, GetStatus, Status
 
 Int64s: TypeAlias = NDArray[np.int64]
 
 _SHOWN = 5
+_UNITS = ("samples", "bytes")
 
 
 class Reports:
     """Read-only views of the ledger."""
 
-    def __init__(self, rows: Rows, drawing: Drawing, waiting: WaitingRoom, gate: Gate) -> None:
+    def __init__(self, rows: Rows, drawing: Drawing, waiting: WaitingRoom, gate: Gate, versions: Versions) -> None:
         self._rows = rows
+        self._versions = versions
         self._drawing = drawing
         self._waiting = waiting
         self._gate = gate
@@ -74,6 +77,22 @@ class Reports:
             consumption=consumption,
         )
 
+    def admission(self, request: GetAdmission, producer: str) -> dict[str, Any]:
+        """How much more this producer may put: the least of what the limits and the version window leave."""
+        left = self._gate.left(request.partition_id, producer)
+        bounds = {unit: [(much, limit.name) for limit, much in left.items() if limit.unit == unit] for unit in _UNITS}
+        window = self._versions.left()
+        if window is not None:
+            bounds["samples"].append((window, "max_staleness"))
+        least = {unit: min(found, default=None) for unit, found in bounds.items()}
+        tight = [bound for bound in least.values() if bound is not None]
+        named = next((bound for bound in tight if bound[0] == 0), tight[0] if tight else None)
+        return {
+            "policy_version": self._versions.current,
+            **{unit: None if bound is None else bound[0] for unit, bound in least.items()},
+            "bounded_by": None if named is None else f"limits.{named[1]}",
+        }
+
     # ------------------------------------------------------------ audit
 
     def audit(self, name: str | None = None) -> dict[str, Any]:
@@ -98,6 +117,7 @@ class Reports:
             "fields": {name: state.rows for name, state in partition.fields.items()},
             "lost": {name: sorted(rows) for name, rows in partition.lost.items()},
             "quarantined": list(partition.quarantined),
+            "stale": {by: dict(counts) for by, counts in partition.stale.items()},
             "missing": {name: count for name, count in missing.items() if count},
             "groups": len(partition.groups),
             "tasks": {task: self._audit_task(partition, task, rows) for task in partition.accounts},
@@ -147,6 +167,7 @@ class Reports:
         parts += self._lost(partition, fields)
         parts += self._taken(partition, task)
         parts += self._leased(partition, task, now)
+        parts += filter(None, [self._versions.explained(partition)])
         parts += self._kept_out(name, now)
         if plan is not None:
             parts += self._incomplete_groups(partition, task, fields, plan)
@@ -165,8 +186,9 @@ class Reports:
             return len(known)
         rows, table = partition.rows(), self._rows.table
         column = table.tasks.get(task)
-        ready = table.produced(rows, fields) if column is None else table.available(rows, fields, column)
-        return int(ready.sum())
+        if column is None:
+            return int((table.produced(rows, fields) & ~table.outdated(rows)).sum())
+        return int(table.available(rows, fields, column).sum())
 
     def _missing_fields(self, partition: Partition, fields: tuple[str, ...], now: float) -> Iterable[str]:
         for field in fields:

@@ -42,14 +42,14 @@ class Reserving:
         return not bool(marked.all())
 
     def break_slices(self, partition: Partition, task: str, assignment: Assignment) -> None:
-        """A slice that lost rows while no rank has it is not delivered any more: the rest of it is given back."""
+        """A slice that no rank has is not delivered if rows of it are gone, or too old: the rest goes back."""
         missing = assignment.missing
         for rank in missing:
             if rank in assignment.leased:
                 continue
             part = assignment.slice_of(rank)
             rest = self._table.alive(part)
-            if len(rest) < len(part.rows):
+            if len(rest) < len(part.rows) or self._table.outdated(rest).any():
                 assignment.broken.add(rank)
                 held = self._table.alive(assignment.held)
                 assignment.held = self._table.handle(np.setdiff1d(held, rest))

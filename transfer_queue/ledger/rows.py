@@ -14,7 +14,7 @@ from transfer_queue.extents import Extents
 from transfer_queue.ledger.blocks import BlockBook
 from transfer_queue.ledger.limits import Usage
 from transfer_queue.ledger.partition import Partition
-from transfer_queue.ledger.table import FREE, NO_GROUP, RowTable
+from transfer_queue.ledger.table import FREE, NO_GROUP, NO_VERSION, RowTable
 from transfer_queue.messages import ColumnSpec
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -199,6 +199,7 @@ class Rows:
             table.tags.pop(row, None)
         table.generation[where] += 1
         table.partition[where] = FREE
+        table.version[where] = NO_VERSION
         if blocks:
             self.blocks.clear(np.concatenate(blocks), np.concatenate(slots))
             self.uncount(partition, np.concatenate(blocks))

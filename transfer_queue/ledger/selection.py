@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transfer_queue.errors import InsufficientSamples, InvalidArgument, SamplerError, TransferQueueError, WrongType
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.ready import GroupHeadsView, ReadySet, RowsView
-from transfer_queue.ledger.table import RowTable
+from transfer_queue.ledger.table import NO_VERSION, RowTable
 from transfer_queue.messages import Draw
 from transfer_queue.samplers import BaseSampler, DPSampler, SequentialSampler, as_sampler, create_sampler
 from transfer_queue.samplers.dp import check_rank
@@ -219,6 +219,7 @@ class SamplerBook:
             group_ids=views.group_ids,
             tags=views.tags,
             seqlens=views.seqlens,
+            versions=views.versions,
         )
         offered = _fitting(sampler.sample, offered)
         chosen = _guarded(sampler, lambda: sampler.sample(candidates, want, **offered))
@@ -277,7 +278,7 @@ def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable
     production = np.stack([column.ready for column in table.columns.values()], axis=1) if table.columns else None
     if production is None:
         production = np.zeros((table.capacity, 0), dtype=np.int8)
-    consumption = task.consumed | task.reserved.astype(np.int8)
+    consumption = task.consumed | (task.reserved | table.outdated()).astype(np.int8)
     offered = {"partition_id": ready.partition.name, "task_name": draw.task_name, **draw.sampler_params}
     found = _guarded(
         sampler,
@@ -384,6 +385,12 @@ class _RowViews:
         self.group_ids = _ByIndex(partition, table, partition.group_id)
         self.tags = _ByIndex(partition, table, lambda row: dict(table.tags[row]) if row in table.tags else None)
         self.seqlens = _ByIndex(partition, table, lambda row: table.tags.get(row, {}).get("seq_len"))
+        self.versions = _ByIndex(partition, table, lambda row: _version(table, row))
+
+
+def _version(table: RowTable, row: int) -> int | None:
+    version = int(table.version[row])
+    return None if version == NO_VERSION else version
 
 
 def _fitting(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:

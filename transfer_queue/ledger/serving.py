@@ -10,9 +10,11 @@ from transfer_queue.ledger.drawing import Asker, Choice, Drawing, DrawRecord
 from transfer_queue.ledger.gate import Gate
 from transfer_queue.ledger.putting import Putting
 from transfer_queue.ledger.records import Record, Records
+from transfer_queue.ledger.removing import Removing
 from transfer_queue.ledger.reports import Reports
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.selection import Plan, Split
+from transfer_queue.ledger.stirring import Stirred
 from transfer_queue.ledger.waiting import Ticket, WaitingDraw, WaitingPut, WaitingRoom
 from transfer_queue.messages import Admit, Admitted, Draw, Drawn, Put, PutDone
 from transfer_queue.messages.journal import DrawUndone, TaskSeen, TurnSkipped
@@ -31,33 +33,29 @@ class Serving:
         rows: Rows,
         putting: Putting,
         drawing: Drawing,
+        removing: Removing,
         waiting: WaitingRoom,
         reports: Reports,
         records: Records,
         gate: Gate,
+        stirred: Stirred,
     ) -> None:
         self.undoable: OrderedDict[Ticket, DrawRecord] = OrderedDict()
-        self.window_freed = False
         self._rows = rows
         self._putting = putting
         self._gate = gate
         self._drawing = drawing
+        self._removing = removing
         self._waiting = waiting
         self._reports = reports
         self._records = records
-        self._stirred: dict[str, set[str] | None] = {}  # partitions in which more may be served; None: to any task
+        self._stirred = stirred
 
     def note(self, record: Record) -> None:
-        """One change is complete."""
+        """One change is complete, but for the rows that nobody has any more and that are too old to be handed out."""
+        self._removing.drop_stale()
         self._records.add(record)
         self._rows.blocks.close_orders()
-
-    def stir(self, partition: str, tasks: set[str] | None = None) -> None:
-        """More of a partition may be served now: to these tasks, or (None) to any."""
-        if tasks is None or self._stirred.get(partition, tasks) is None:
-            self._stirred[partition] = None
-        elif tasks:
-            self._stirred[partition] = tasks.union(self._stirred.get(partition) or ())
 
     # ------------------------------------------------------------ puts
 
@@ -92,6 +90,8 @@ class Serving:
         done, touched = self._putting.apply(request, name, client, now, None if before is None else before.rows)
         if before is not None and int(done.generations.sum()) != before.check:
             raise JournalDamaged(f"rows {done.indexes[:10].tolist()} had other generations when they were put first")
+        if request.versions is not None:
+            self._removing.drop_stale()
         if self._records.keep:
             check = int(done.generations.sum())
             self._records.add(Record(request, now, ticket, client, name, done.indexes, check=check))
@@ -99,9 +99,9 @@ class Serving:
         fields = tuple(spec.name for spec in request.columns)
         for partition in touched:
             if request.tags is None and request.group_ids is None:
-                self.stir(partition.name, self._waiting.tasks(partition.name, fields))
+                self._stirred.stir(partition.name, self._waiting.tasks(partition.name, fields))
             else:
-                self.stir(partition.name)
+                self._stirred.stir(partition.name)
         return done
 
     # ------------------------------------------------------------ draws
@@ -137,7 +137,7 @@ class Serving:
         if record is None:
             return False
         self._drawing.undo(record)
-        self.stir(record.partition)
+        self._stirred.stir(record.partition)
         self.note(Record(DrawUndone(), now, ticket))
         return True
 
@@ -173,6 +173,8 @@ class Serving:
         if done is None:
             return None
         choice, drawn, record = done
+        if plan.split is not None:  # it may have ended the wait for the last rank
+            self._removing.drop_stale()
         if self._records.keep:
             self._records.add(_record_of(draw, name, ticket, asker, choice, drawn, plan.sampler_state()))
         self._rows.blocks.close_orders()
@@ -183,7 +185,7 @@ class Serving:
         if len(self.undoable) > _UNDOABLE:
             self.undoable.popitem(last=False)
         if record.stirs:
-            self.stir(record.partition)
+            self._stirred.stir(record.partition)
         return drawn
 
     # ------------------------------------------------------------ what waits
@@ -191,17 +193,17 @@ class Serving:
     def try_all_again(self) -> None:
         """Everything may have changed: whoever waits is looked at again."""
         for waiting in self._waiting.all_draws():
-            self.stir(waiting.partition)
-        self.window_freed = True
+            self._stirred.stir(waiting.partition)
+        self._stirred.window_freed = True
 
     def serve_waiting(self, now: float) -> list[Answer]:
         """Answer the parked requests that the changes since the last call made possible, in order of arrival."""
         answers: list[Answer] = []
-        while self._stirred or self.window_freed or self._gate.room_made:
-            if self.window_freed or self._gate.room_made:
-                self.window_freed = False
+        while self._stirred or self._gate.room_made:
+            if self._stirred.window_freed or self._gate.room_made:
+                self._stirred.window_freed = False
                 answers.extend(self._serve_puts(now))
-            stirred, self._stirred = self._stirred, {}
+            stirred = self._stirred.take()
             for name in sorted(stirred):
                 answers.extend(self._serve_draws(name, stirred[name], now))
         return answers
@@ -262,7 +264,7 @@ class Serving:
         waited_s = now - late.since
         if isinstance(late, WaitingDraw):
             return self._reports.timeout(late.draw, late.plan, late.partition, waited_s, now)
-        self.window_freed = True  # who waited behind it may pass now
+        self._stirred.window_freed = True  # who waited behind it may pass now
         return self._gate.too_late(late.put, late.partition, late.client, waited_s)
 
 

@@ -50,6 +50,8 @@ def dump_table(table: RowTable) -> State:
         "partition": table.partition.copy(),
         "ordinal": table.ordinal.copy(),
         "group": table.group.copy(),
+        "version": table.version.copy(),
+        "writer": table.writer.copy(),
         "columns": [
             (name, column.number, column.ready.copy(), column.block.copy(), column.slot.copy())
             for name, column in table.columns.items()
@@ -66,6 +68,7 @@ def load_table(table: RowTable, state: State) -> None:
     table.partition = _own(state["partition"])
     table.ordinal = _own(state["ordinal"])
     table.group = _own(state["group"])
+    table.version, table.writer = _own(state["version"]), _own(state["writer"])
     table.columns = {
         name: Column(number, _own(ready), _own(block), _own(slot))
         for name, number, ready, block, slot in state["columns"]
@@ -138,6 +141,7 @@ def dump_partition(partition: Partition) -> State:
         "dropped": dict(partition.dropped),
         "lost": [(name, _array(rows)) for name, rows in partition.lost.items()],
         "quarantined": [dict(one) for one in partition.quarantined],
+        "stale": [(by, list(counts.items())) for by, counts in partition.stale.items()],
     }
 
 
@@ -159,6 +163,7 @@ def load_partition(state: State, table: RowTable) -> Partition:
     partition.dropped = Counter(state["dropped"])
     partition.lost = {name: set(rows.tolist()) for name, rows in state["lost"]}
     partition.quarantined = list(state["quarantined"])
+    partition.stale = {by: Counter(dict(counts)) for by, counts in state["stale"]}
     return partition
 
 

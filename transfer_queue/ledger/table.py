@@ -17,6 +17,7 @@ _Array = TypeVar("_Array", bound=NDArray[Any])
 FREE = -1
 NO_GROUP = -1
 ANY_GENERATION = -1
+NO_VERSION = -1
 
 
 @dataclass
@@ -75,6 +76,9 @@ class RowTable:
     partition: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     ordinal: Int64s = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     group: Int64s = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    version: Int64s = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of the policy that generated the row
+    writer: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # who said so, by number
+    oldest: int = 0  # rows of lower versions are not handed out any more
     columns: dict[str, Column] = field(default_factory=dict)
     tasks: dict[str, TaskColumn] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
@@ -89,6 +93,8 @@ class RowTable:
         self.partition = _resized(self.partition, size, FREE)
         self.ordinal = _resized(self.ordinal, size, 0)
         self.group = _resized(self.group, size, NO_GROUP)
+        self.version = _resized(self.version, size, NO_VERSION)
+        self.writer = _resized(self.writer, size, 0)
         for column in self.columns.values():
             column.ready = _resized(column.ready, size, 0)
             column.block = _resized(column.block, size, 0)
@@ -128,9 +134,17 @@ class RowTable:
         return np.ones(len(rows), dtype=np.bool_) if there is None else there
 
     def available(self, rows: Int64s, fields: Collection[str], task: TaskColumn) -> NDArray[np.bool_]:
-        """[n] bool: produced, and neither consumed nor reserved by the task."""
+        """[n] bool: produced, neither consumed nor reserved by the task, and within the version window."""
         free: NDArray[np.bool_] = (task.consumed[rows] == 0) & ~task.reserved[rows]
+        if self.oldest:
+            free &= ~self.outdated(rows)
         return np.logical_and(self.produced(rows, fields), free)
+
+    def outdated(self, rows: Int64s | slice = slice(None)) -> NDArray[np.bool_]:
+        """[n] bool: the row has a version, and it is beyond the window. All slots by default; free ones have none."""
+        versions = self.version[rows]
+        beyond: NDArray[np.bool_] = (versions != NO_VERSION) & (versions < self.oldest)
+        return beyond
 
     def fresh(self, rows: Int64s, generations: Int64s) -> NDArray[np.bool_]:
         """[n] bool: the slot still holds the row that the handle means."""

@@ -42,6 +42,7 @@ from transfer_queue.messages.controller import (
     EndCut,
     FreeBlocks,
     FreesDone,
+    GetAdmission,
     GetAudit,
     GetExplanation,
     GetStatus,
@@ -58,6 +59,7 @@ from transfer_queue.messages.controller import (
     SealGroup,
     SetTags,
     Settle,
+    SetVersion,
     Withdraw,
 )
 from transfer_queue.messages.replies import (
@@ -127,6 +129,8 @@ ControllerRequest: TypeAlias = (
     | EndCut
     | Restore
     | Withdraw
+    | SetVersion
+    | GetAdmission
 )
 UnitRequest: TypeAlias = ReadBlock | Reserve | ReturnSpan | AbortBlocks | Write | Pin | Unpin | Fetch | GetUnitStats
 Request: TypeAlias = ControllerRequest | UnitRequest
@@ -179,6 +183,7 @@ __all__ = [
     "Frames",
     "FreeBlocks",
     "FreesDone",
+    "GetAdmission",
     "GetAudit",
     "GetExplanation",
     "GetStatus",
@@ -215,6 +220,7 @@ __all__ = [
     "SPAN_SHIFT",
     "SealGroup",
     "SetTags",
+    "SetVersion",
     "Settle",
     "Settled",
     "Status",

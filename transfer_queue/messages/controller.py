@@ -16,6 +16,7 @@ class Put:
     `num_rows` new ones are inserted. Addressed by `partition_id` or `global_step`, unless
     `indexes` say it already. `block_id` 0: no data (tags, keys or allocation only). `size_bytes` is that of the block,
     for the limits; `admission` is what `Admit` granted. `lease_token`: written under a lease, refused once it ended.
+    `versions`: of the policy that generated the rows, -1 for none; a row gets one once.
     """
 
     partition_id: str | None
@@ -33,6 +34,7 @@ class Put:
     size_bytes: int = 0
     lease_token: int | None = None
     admission: int | None = None
+    versions: Int64s | None = None  # [n]
 
 
 @message(11)
@@ -255,6 +257,20 @@ class Restore:
     old: Int64s  # [n]
     new: Int64s  # [n]
     state: Frames
+
+
+@message(39)
+class SetVersion:
+    """The policy has this version now. Reply: `Done` with the number of rows dropped because they are too old."""
+
+    version: int
+
+
+@message(50)
+class GetAdmission:
+    """How much more may be put by who asks? Reply: `Report` (see `client.admission`)."""
+
+    partition_id: str | None
 
 
 # ---------------------------------------------------------------- unit → controller

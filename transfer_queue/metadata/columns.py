@@ -92,6 +92,8 @@ class Coded(Generic[V]):
 
     def first_rows(self) -> dict[V, int]:
         """The distinct values that rows have, with the first row of each, in the order of those rows."""
+        if len(self.values) == 1:
+            return {self.values[0]: 0} if len(self.codes) else {}
         used, first = np.unique(self.codes, return_index=True)
         order = np.argsort(first)
         return {self.values[used[i]]: int(first[i]) for i in order.tolist()}

@@ -50,6 +50,7 @@ class ControllerActor:
     num_n_samples       responses per prompt; a step holds global_batch_size × num_n_samples samples
     sampler             of tasks without their own: instance, class, name or zero-argument callable
     max_deliveries      how often a sample may be given back under leases; then it is quarantined
+    max_staleness       by how many versions the policy that generated a sample may lag behind when it is handed out
     limits              how much is let in, by the names of `limits` in the configuration
     conf                configuration of the session, for processes that attach
     journal             keep what is needed to start again after a kill; without it, give the actor `max_restarts=0`
@@ -65,6 +66,7 @@ class ControllerActor:
         num_n_samples: int = 1,
         sampler: SamplerLike | None = None,
         max_deliveries: int | None = None,
+        max_staleness: int | None = None,
         limits: Mapping[str, int | None] | None = None,
         conf: Any = None,
         journal: bool = True,
@@ -78,6 +80,7 @@ class ControllerActor:
             num_n_samples=num_n_samples,
             sampler=sampler,
             max_deliveries=max_deliveries,
+            max_staleness=max_staleness,
             limits=limits,
         )
         _remove_finished()

@@ -77,8 +77,8 @@ class BaseSampler(ABC):
 
         Returns the chosen indices in the order they are handed out, or a pair (handed out, marked consumed). An empty
         result or `InsufficientSamples` means "not yet": the draw waits. `kwargs` hold `partition_id`, `global_step`,
-        `task_name`, `num_n_samples`, `group_ids`, `tags` and `seqlens` (views by index), and every entry of the
-        request's `sampler_params`.
+        `task_name`, `num_n_samples`, `group_ids`, `tags`, `seqlens` and `versions` (views by index), and every entry
+        of the request's `sampler_params`.
         """
 
     def check_request(self, batch_size: int, **kwargs: Any) -> None:  # noqa: B027  most samplers serve any size

@@ -134,9 +134,9 @@ class Desk:
         elif header.request_id == 0:
             self._submit(message, Ticket(client_id, 0, identity, message, lambda ticket, answer: None))
         else:
-            self._request(identity, client_id, header, message)
+            self._request(identity, client_id, header, message, frames)
 
-    def _request(self, identity: Hashable, client_id: str, header: Header, message: Any) -> None:
+    def _request(self, identity: Hashable, client_id: str, header: Header, message: Any, frames: Sequence[Any]) -> None:
         """Start a request, or go on with one that came before, maybe over another connection."""
         try:
             known = self._table.find(client_id, header.request_id, header.floor)
@@ -154,7 +154,9 @@ class Desk:
                 ticket = Ticket(client_id, header.request_id, identity, message, self._answered)
                 self._table.wait(ticket)
                 self.waiting[ticket] = time.monotonic()
+                ticket.frames = frames
                 self._submit(message, ticket)
+                ticket.frames = None  # what waits does not keep what it came in
 
     def _answered(self, ticket: Ticket, answer: Answer) -> None:
         """Note an answer, in the thread that gave it, and have it settled."""

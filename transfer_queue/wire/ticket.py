@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from transfer_queue.messages import Reply, Request
@@ -17,9 +17,20 @@ Answer: TypeAlias = Reply | BaseException
 
 class Ticket:
     """One request that waits for its answer. `channel` names the connection that asked; it may change when the
-    client reconnects. `abandoned`: nobody waits any more, so an answer would be lost."""
+    client reconnects. `abandoned`: nobody waits any more, so an answer would be lost. `frames`: the request as it came,
+    if it did, while it is handed in."""
 
-    __slots__ = ("_deliver", "_lock", "abandoned", "answered", "channel", "client_id", "request", "request_id")
+    __slots__ = (
+        "_deliver",
+        "_lock",
+        "abandoned",
+        "answered",
+        "channel",
+        "client_id",
+        "frames",
+        "request",
+        "request_id",
+    )
 
     def __init__(
         self,
@@ -33,6 +44,7 @@ class Ticket:
         self.request_id = request_id
         self.channel = channel
         self.request = request
+        self.frames: Sequence[Any] | None = None
         self.answered = False
         self.abandoned = False
         self._deliver = deliver

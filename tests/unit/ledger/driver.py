@@ -30,6 +30,7 @@ from transfer_queue.messages import (
     ResetConsumption,
     SealGroup,
     SetTags,
+    SetVersion,
     Status,
 )
 from transfer_queue.wire.codec import pack_value, unpack_value
@@ -132,6 +133,10 @@ class Driver:
 
     def drop(self, rows: Any, reason: str = "bad") -> int:
         return int(self.after(self.ledger.drop, Drop(reason=reason, **handle_of(rows)), self.now))
+
+    def raise_version(self, version: int) -> int:
+        """The policy has this version now."""
+        return int(self.after(self.ledger.set_policy_version, SetVersion(version=version), self.now))
 
     def gone(self, client: str) -> None:
         self.after(self.ledger.client_gone, client, self.now)
@@ -236,6 +241,8 @@ def put_request(count: int, fields: Sequence[str], block: int, **options: Any) -
         body["partition_id"] = None
     for name in ("keys", "tags", "group_ids"):
         body[name] = None if body[name] is None else tuple(body[name])
+    version = body.pop("version", None)  # of all rows, or one per row
+    body["versions"] = None if version is None else np.broadcast_to(np.array(version, np.int64), count).copy()
     return Put(num_rows=count, block_id=block, columns=columns, **body)
 
 
