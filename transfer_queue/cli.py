@@ -20,11 +20,11 @@ from transfer_queue.runtime.processes import ProcessesRuntime
 from transfer_queue.wire.channel import Peer
 
 _EXAMPLES = """examples:
-  transfer-queue serve --address /tmp/queue.json --units 2 --capacity 8GiB
-  transfer-queue status --address /tmp/queue.json
-  transfer-queue explain --address /tmp/queue.json --partition train_0 --task actor_update --fields responses,rewards
+  transfer-queue serve --address ~/queue.json --units 2 --capacity 8GiB
+  transfer-queue status --address ~/queue.json
+  transfer-queue explain --address ~/queue.json --partition train_0 --task actor_update --fields responses,rewards
 
-In Python: transfer_queue.init({"address": "/tmp/queue.json"}). Instead of --address, set TQ_ADDRESS.
+In Python: transfer_queue.init({"address": "~/queue.json"}). Instead of --address, set TQ_ADDRESS.
 """
 _PATIENCE_S = 5.0
 _SIZES = {"k": 10, "m": 20, "g": 30, "t": 40}
@@ -92,12 +92,12 @@ def _size(text: str) -> int:
     shift = _SIZES.get(number[-1:], 0)
     try:
         return int(float(number[:-1] if shift else number) * (1 << shift))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: write e.g. 8GiB") from None
 
 
 def _serve(options: argparse.Namespace) -> int:
-    settings = config.settings(config.merged(_conf(options)))
+    settings = _settings(options)
     with _asked_to_stop() as asked, contextlib.ExitStack() as stack:
         if settings.address is not None:
             file = EndpointFile(settings.address)
@@ -112,8 +112,19 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(options: argparse.Namespace) -> config.Settings:
+    """Check the options and --config; what YAML or OmegaConf says of a bad file becomes one line."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf reads files with
+
+    try:
+        return config.settings(config.merged(_conf(options)))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"cannot read --config: {' '.join(str(error).split())}") from error
+
+
 def _conf(options: argparse.Namespace) -> dict[str, Any]:
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     storage = {"num_data_storage_units": options.units, "capacity_bytes": options.capacity}
     given = {
@@ -129,6 +140,8 @@ def _conf(options: argparse.Namespace) -> dict[str, Any]:
             conf = OmegaConf.load(options.config)
         except OSError as error:
             raise InvalidArgument(f"cannot read --config: {error}") from error
+        if not isinstance(conf, DictConfig):
+            raise InvalidArgument(f"cannot read --config: {options.config} is a list, not a mapping of keys")
     merged = OmegaConf.to_container(OmegaConf.merge(conf, _given(given)))
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}

@@ -114,7 +114,7 @@ def settings(conf: DictConfig) -> Settings:
         attach_timeout_s=_positive("attach_timeout_s", conf.attach_timeout_s, float),
         transport=_one_of("transport", conf.transport, TRANSPORTS),
         layout=_one_of("layout (or TQ_LAYOUT)", os.environ.get("TQ_LAYOUT", conf.layout), LAYOUTS),
-        allow_pickle=bool(conf.allow_pickle),
+        allow_pickle=_flag("allow_pickle", conf.allow_pickle),
         sampler=controller.sampler,
         global_batch_size=_optional("controller.global_batch_size", controller.global_batch_size),
         num_global_batch=_positive("controller.num_global_batch", controller.num_global_batch, int),

@@ -197,9 +197,10 @@ def test_traffic_goes_on_while_a_checkpoint_is_saved_and_each_put_is_wholly_in_o
         other.load_checkpoint(tmp_path / f"c{number}")
         if "p" in other.get_partition_list():
             meta = other.get_meta(["a", "b"], 1, mode="force_fetch", partition_id="p", task_name="t")
-            data = other.get_data(meta)
-            assert torch.equal(data["a"] + 0.5, data["b"])
             assert len(meta) % 4 == 0
+            if len(meta):  # all may have been cleared just before the cut
+                data = other.get_data(meta)
+                assert torch.equal(data["a"] + 0.5, data["b"])
 
 
 def test_memory_is_reused_after_a_save_and_after_a_load(start: Start, tmp_path: Path) -> None:

@@ -74,9 +74,24 @@ def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "num_data_storage_units must be a positive int, not 0" in capsys.readouterr().err
     assert main(["serve", "--config", str(tmp_path / "none.yaml")]) == 1
     assert "cannot read --config" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["serve", "--capacity", "much"])
-    assert "'much' is not a size: write e.g. 8GiB" in capsys.readouterr().err
+    for size in ("much", "inf", "nan"):
+        with pytest.raises(SystemExit):
+            main(["serve", "--capacity", size])
+        assert f"'{size}' is not a size: write e.g. 8GiB" in capsys.readouterr().err
+    assert main(["serve", "--address", str(tmp_path / "none" / "queue.json")]) == 1
+    assert "cannot write the endpoint file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"- a\n- b", b"\xff\xfe\x00", b"namespace: ${nothing}", b"a: 1\na: 2"])
+def test_a_bad_configuration_file_is_one_line(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No YAML, no mapping, no text, no such reference, a key twice."""
+    (tmp_path / "conf.yaml").write_bytes(content)
+    address = str(tmp_path / "none" / "queue.json")  # nothing starts, should the file be taken
+    assert main(["serve", "--config", str(tmp_path / "conf.yaml"), "--address", address]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "cannot read --config" in line
 
 
 def test_help_shows_examples() -> None:

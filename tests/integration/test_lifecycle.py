@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -13,10 +16,10 @@ import pytest
 import transfer_queue as tq
 from tests.integration.starting import TIMEOUT_S, folders, line_of, program
 from transfer_queue.client.client import TransferQueueClient
-from transfer_queue.errors import ConnectionLost, DeadlineExceeded, TransferQueueError
+from transfer_queue.errors import ConnectionLost, DeadlineExceeded, NotAuthorized, TransferQueueError
 from transfer_queue.ledger import Ledger
 from transfer_queue.runtime.endpoint import EndpointFile
-from transfer_queue.runtime.servers import ControllerServer, UnitServer
+from transfer_queue.runtime.servers import ControllerServer, UnitServer, _Endpoint
 
 SMALL = {"backend": {"SimpleStorage": {"capacity_bytes": 1 << 20, "arena_bytes": 1 << 16}}}
 STAGES = {
@@ -43,7 +46,17 @@ def test_starting_and_stopping_many_times_leaves_nothing() -> None:
 
 
 def _resources() -> tuple[int, int, set[str]]:
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), folders()
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), _own_folders()
+
+
+def _own_folders() -> set[str]:
+    """Those of this very process: other runs come and go meanwhile."""
+    own = set()
+    for folder in folders():
+        with contextlib.suppress(FileNotFoundError):
+            if json.loads((Path(folder) / "owner").read_text())["pid"] == os.getpid():
+                own.add(folder)
+    return own
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -164,8 +177,59 @@ def test_a_damaged_endpoint_file_is_named(tmp_path: Path) -> None:
     """Half a file, or one of something else."""
     for text in ("", "{", "[]", '{"controller": 3}'):
         (tmp_path / "queue.json").write_text(text)
+        (tmp_path / "queue.json").chmod(0o600)
         with pytest.raises(ConnectionLost, match=r"no endpoint file at .*queue\.json"):
             tq.init({"address": str(tmp_path / "queue.json")})
+
+
+def test_an_endpoint_file_that_others_may_have_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open to others, a link, a pipe, another user's: the error says what to do. `~` is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = EndpointFile("~/queue.json")
+    assert file.path == tmp_path / "queue.json"
+    with ControllerServer(Ledger(), host="127.0.0.1") as server:
+        file.write(server.info)
+    assert file.read() == server.info
+    file.path.chmod(0o644)
+    with pytest.raises(NotAuthorized, match=r"mode 0644.*chmod 600"):
+        tq.init({"address": "~/queue.json"})
+    file.path.chmod(0o600)
+    (tmp_path / "link.json").symlink_to(file.path)
+    os.mkfifo(tmp_path / "pipe.json", 0o600)
+    for name, reason in (("link.json", "is a symbolic link"), ("pipe.json", "is no file")):
+        with pytest.raises(NotAuthorized, match=reason):
+            EndpointFile(tmp_path / name).read()
+    user = os.getuid()
+    real = os.fstat
+
+    def of_another(descriptor: int) -> os.stat_result:
+        status = real(descriptor)
+        return os.stat_result((*status[:4], user + 1, *status[5:])) if stat.S_ISREG(status.st_mode) else status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", of_another)
+        with pytest.raises(NotAuthorized, match=f"belongs to user {user + 1}: attach as that user"):
+            file.read()
+        file.remove(server.info)
+    assert file.path.exists(), "what is not trusted is left alone"
+
+
+def test_the_folder_of_the_journal_is_private(tmp_path: Path) -> None:
+    """`journal.path` is made 0700 where it is not there; one that cannot be made is an error of the journal."""
+    path = tmp_path / "journal"
+    ControllerServer(Ledger(), host="127.0.0.1", journal=True, journal_path=str(path)).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TransferQueueError, match="journal"):
+        ControllerServer(Ledger(), host="127.0.0.1", journal=True, journal_path=str(tmp_path / "file"))
+
+
+def test_what_a_server_takes_over_does_not_show_its_token() -> None:
+    """In a traceback or a log."""
+    shown = repr(_Endpoint(7, b"secret", "s", None))
+    assert "secret" not in shown and "session s, port 7" in shown
 
 
 def test_a_successor_that_does_not_find_the_folder_fails() -> None:

@@ -117,6 +117,15 @@ def test_what_is_left_is_removed_when_its_owner_is_dead(tmp_path: Path) -> None:
     assert remove_left(folder.path, 1.0)
 
 
+def test_what_cannot_be_removed_is_tried_until_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that stays, whoever is dead, ends the wait in time."""
+    folder = killed("unit", tmp_path, supervisor=process_id())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+        assert not remove_left(folder.path, 0.05) and folder.path.is_dir()
+    assert remove_left(folder.path, 1.0)
+
+
 def test_of_several_successors_one_adopts(tmp_path: Path) -> None:
     """Processes that start at once under one key: one owner, the others are told so."""
     killed("unit", tmp_path, supervisor=process_id())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from transfer_queue.messages import (
     Pin,
     ProcessId,
     Reserve,
+    Reserved,
     ReturnSpan,
     Write,
 )
+from transfer_queue.storage.arena import Arena, Arenas
 from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.holders import process_id
 
@@ -86,6 +90,53 @@ def test_a_reservation_waits_for_space_and_raises_at_its_deadline(unit: Unit) ->
         late.result()
     assert caught.value.details["limit_bytes"] == 4 * MIB
     assert unit.stats()["waiting"] == 0
+
+
+def test_an_arena_that_cannot_be_made_is_tried_again(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor when the file is created, or filled: nothing is left, and the next attempt is made in time."""
+    unit.put(rows(1, MIB - 8192))
+    asked = Reserve(size_bytes=MIB // 2, holder=process_id(), timeout_s=50.0)
+    attempts: list[str] = []
+
+    def fails(*arguments: Any) -> None:
+        attempts.append("")
+        raise OSError(errno.EMFILE, "too many open files")
+
+    waiting = unit.begin(asked)
+    waiting.result()
+    for owner, name in ((Arenas, "create"), (Arena, "fill")):
+        arenas = unit.stats()["arenas"]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            waiting = unit.begin(Reserve(size_bytes=MIB - 8192, holder=process_id(), timeout_s=50.0))
+            while len(attempts) < 2:
+                unit.turn(1.1)
+                time.sleep(0.001)
+            assert waiting.replies == []
+        attempts.clear()
+        unit.turn(1.1)
+        while not waiting.replies:
+            unit.turn(1.1)
+            time.sleep(0.001)
+        assert isinstance(waiting.result(), Reserved) and unit.stats()["arenas"] == arenas + 1
+
+
+def test_the_deadline_of_a_reservation_holds_when_the_dead_cannot_be_found(
+    unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waited is answered though the look at the holders fails."""
+    held = unit.put(rows(1, 100))
+    unit.ask(Pin(blocks=ids(held), holder=process_id()))
+    waiting = unit.begin(Reserve(size_bytes=4 * MIB, holder=process_id(), timeout_s=5.0))
+
+    def fails(holder: ProcessId) -> bool:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("transfer_queue.storage.unit.is_alive", fails)
+    with pytest.raises(OSError, match="too many open files"):
+        unit.turn(5.1)
+    with pytest.raises(CapacityExceeded):
+        waiting.result()
 
 
 def test_a_small_reservation_is_not_held_up_by_a_large_one(unit: Unit) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 from transfer_queue.client.arguments import timeout_seconds
 from transfer_queue.client.checkpoint_files import CheckpointWriter, check_json, open_checkpoint, replaced
 from transfer_queue.client.core import ClientCore
+from transfer_queue.client.outcomes import concluded
 from transfer_queue.client.steps import Call, Compute, Notify, Operation
 from transfer_queue.client.storing import store
 from transfer_queue.client.transfer import units_of
 from transfer_queue.client.units import UnitHandle
-from transfer_queue.errors import InvalidArgument
+from transfer_queue.client.writing import settle
+from transfer_queue.errors import ConnectionLost, DeadlineExceeded, InvalidArgument, TransferQueueError
 from transfer_queue.messages import (
     PROTOCOL_VERSION,
     UNIT_SHIFT,
@@ -101,16 +103,42 @@ def load_checkpoint(core: ClientCore, checkpoint_dir: str | Path, *, timeout: fl
             stored.append((yield from store(core.transfer, plan, timeout_s)))
         state = memoryview(found.state())
         frames = tuple(state[at : at + _FRAME_BYTES] for at in range(0, len(state), _FRAME_BYTES))
-        new = np.array([block for _, block in stored], np.int64)
-        done: Done = yield Call(core.controller, Restore(old=found.blocks, new=new, state=frames), timeout_s)
     except BaseException:
+        yield from _abort(stored)
+        raise
+    new = np.array([block for _, block in stored], np.int64)
+    request = Restore(old=found.blocks, new=new, state=frames)
+    return (yield from concluded(core.outcomes, lambda again: _restore(core, request, stored, timeout_s, again)))
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _restore(
+    core: ClientCore, request: Restore, stored: list[tuple[AnyPeer, int]], timeout_s: float, again: int | None
+) -> Operation[int]:
+    try:
+        done: Done = yield Call(core.controller, request, timeout_s, again)
+    except (ConnectionLost, DeadlineExceeded):
+        raise  # it may have been done: the blocks stay until that is settled
+    except TransferQueueError:
+        yield from _abort(stored)
+        raise
+    except BaseException:  # interrupted: it may have been done
         for peer, block in stored:
-            yield Notify(peer, AbortBlocks(blocks=np.array([block], np.int64)))
+            yield from settle(core, peer, np.array([block], np.int64))
         raise
     return done.count
 
 
-# ---------------------------------------------------------------- inside
+def _abort(stored: list[tuple[AnyPeer, int]]) -> Operation[None]:
+    for peer, block in stored:
+        yield Notify(peer, AbortBlocks(blocks=np.array([block], np.int64)))
+
+
+def _give_up(stored: list[tuple[AnyPeer, int]]) -> Operation[None]:
+    for peer, block in stored:
+        yield Notify(peer, AbortBlocks(blocks=np.array([block], np.int64)))
 
 
 def _save_blocks(core: ClientCore, blocks: Int64s, writer: CheckpointWriter, timeout_s: float) -> Operation[None]:

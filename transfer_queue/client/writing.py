@@ -283,7 +283,7 @@ def _commit(
         raise
     except BaseException:  # interrupted: it may have been applied
         if unit is not None:
-            yield from _settle(core, unit, block)
+            yield from settle(core, unit, block)
         raise
     count, names = message.num_rows, tuple(spec.name for spec in message.columns)
     blocks = np.full(count, message.block_id, np.int64)
@@ -296,7 +296,7 @@ def _commit(
     return metadata
 
 
-def _settle(core: ClientCore, unit: AnyPeer, block: Int64s) -> Operation[None]:
+def settle(core: ClientCore, unit: AnyPeer, block: Int64s) -> Operation[None]:
     """Give the block up unless its put was applied; the controller refuses it from now on."""
     with contextlib.suppress(TransferQueueError):  # the interrupt is what the caller is to see
         settled: Settled = yield Call(core.controller, Settle(blocks=block), _SETTLE_S)

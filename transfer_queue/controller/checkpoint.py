@@ -24,6 +24,7 @@ _FRAME_BYTES = 8 << 20
 @dataclass(frozen=True)
 class _Hold:
     client: str
+    request_id: int
     until: float
 
 
@@ -39,7 +40,7 @@ class Cuts:
         """Answer with the state of now. Copying it holds up the queue, making bytes of it does not."""
         number = next(self._numbers)
         state = self._ledger.state()
-        self._holds[number] = _Hold(ticket.client_id, now + hold_s)
+        self._holds[number] = _Hold(ticket.client_id, ticket.request_id, now + hold_s)
         self._ledger.blocks.copied = True
         threading.Thread(
             target=_answer, args=(ticket, number, state), name="transfer_queue checkpoint", daemon=True
@@ -53,6 +54,12 @@ class Cuts:
     def end_of(self, client: str) -> bool:
         """The same for all cuts of a client that is gone."""
         self._holds = {number: hold for number, hold in self._holds.items() if hold.client != client}
+        return self._settle()
+
+    def end_of_request(self, client: str, request_id: int) -> bool:
+        """The same for a cut whose answer nobody gets."""
+        asked = (client, request_id)
+        self._holds = {number: hold for number, hold in self._holds.items() if (hold.client, hold.request_id) != asked}
         return self._settle()
 
     def end_overdue(self, now: float) -> bool:
@@ -85,7 +92,11 @@ def restore(ledger: Ledger, request: Restore) -> int:
 
 def _answer(ticket: Ticket, number: int, state: dict[str, Any]) -> None:
     partitions = state["rows"]["partitions"]
-    data = memoryview(pack_value({"format": FORMAT, "ledger": state}))
+    try:
+        data = memoryview(pack_value({"format": FORMAT, "ledger": state}))
+    except TransferQueueError as error:  # something that a user's sampler or tag holds
+        ticket.answer(error)
+        return
     ticket.answer(
         CutDone(
             hold=number,

@@ -36,7 +36,7 @@ from transfer_queue.messages import (
     Request,
     SetTags,
 )
-from transfer_queue.messages.journal import DrawUndone
+from transfer_queue.messages.journal import DrawUndone, Marked
 from transfer_queue.wire.codec import decode, encode_message, frame_bytes, pack_value, unpack_value
 from transfer_queue.wire.requests import RequestTable
 from transfer_queue.wire.ticket import Ticket
@@ -60,7 +60,10 @@ class Keeper:
         self._requests = requests
         self._encoded: tuple[Any, Sequence[Any]] | None = None  # the request that was looked at last, and its frames
         self._snapshot: threading.Thread | None = None
+        self._promised = 0  # bytes of records to come
+        self.held_back = False  # some that wait were not let in
         ledger.records.keep = True
+        ledger.serving.admits = self.admits
 
     @classmethod
     def open(
@@ -100,8 +103,23 @@ class Keeper:
             frames = encode_message(request)
         self._encoded = None if frames is None else (request, frames)
         if growing and frames is not None:
-            rows = min(request.batch_size, self._ledger.capacity) if isinstance(request, Draw) else 0
-            self._journal.check_room(sum(map(frame_bytes, frames)) + _RECORD_BYTES + _ROW_BYTES * max(rows, 0))
+            self._journal.check_room(self._size(request, frames))
+
+    def admits(self, request: Put) -> bool:
+        """Whether there is room as well for this put, which has waited, beside those let in since the last `keep`."""
+        size = self._promised + self._size(request, encode_message(request))
+        try:
+            self._journal.check_room(size)
+        except CapacityExceeded:
+            self.held_back = True
+            return False
+        self._promised = size
+        return True
+
+    def _size(self, request: Request, frames: Sequence[Any]) -> int:
+        """The most that a record of this request takes."""
+        rows = min(request.batch_size, self._ledger.capacity) if isinstance(request, Draw) else 0
+        return sum(map(frame_bytes, frames)) + _RECORD_BYTES + _ROW_BYTES * max(rows, 0)
 
     @property
     def short(self) -> bool:
@@ -122,7 +140,7 @@ class Keeper:
             if asked is None and ticket is not None and record.request is ticket.request:
                 asked = (ticket.client_id, ticket.request_id)
             self._journal.append(*self._parts(record, asked), essential=True)
-        self._encoded = None
+        self._encoded, self._promised = None, 0
 
     def when_durable(self, done: Callable[[BaseException | None], None]) -> None:
         """Call back when all that was kept so far will be there after a restart."""
@@ -160,8 +178,13 @@ class Keeper:
         self._snapshot.start()
         return self._snapshot
 
-    def write_snapshot(self) -> None:
-        """Write the state down as it is now, and wait for that; raises if it cannot be written."""
+    def replace(self, ticket: Ticket, reply: Reply, now: float) -> None:
+        """The state was changed by no record: write it down as a whole, with the answer to who asked for that.
+
+        A record that changes nothing comes first, so that no snapshot of before has the same place.
+        """
+        self.keep([Record(Marked(), now)])
+        self._requests.restore(ticket.client_id, ticket.request_id, ticket.request, reply)
         self._journal.begin_snapshot().write(pack_state(self.state()))
 
     def state(self) -> dict[str, Any]:
@@ -233,6 +256,8 @@ def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable
     request, asked = record.request, cast("tuple[str, int]", record.ticket)
     reply: Reply | None
     match request:
+        case Marked():
+            reply = None
         case Announce():
             reply = Announced(number=units.announce(request, None).info.number)
         case FreesDone():

@@ -85,7 +85,6 @@ class ControllerService:
         self._unit_return_s = unit_return_s
         self._cuts = Cuts(ledger)
         self._keeper: Keeper | None = None
-        self._held_back = False  # what waits is not served, because the journal has no room
         self._broken: TransferQueueError | None = None  # a change could not be written down: nothing is true any more
         self._parked: dict[Hashable, Ticket] = {}
         self._waiting_for_units: list[tuple[float, Ticket]] = []
@@ -125,6 +124,7 @@ class ControllerService:
             finally:
                 self._follow_up(self._clock())
                 self._flush()
+                self._check()
 
     def ask(self, request: Request) -> Reply:
         """Serve a request that never waits, from within this process."""
@@ -136,6 +136,7 @@ class ControllerService:
             finally:
                 self._follow_up(now)
                 self._flush()
+                self._check()
 
     # ------------------------------------------------------------ what a server calls
 
@@ -148,6 +149,7 @@ class ControllerService:
                 reply: Reply | TransferQueueError | None = self._dispatch(request, ticket, now)
             except TransferQueueError as error:
                 reply = error
+            self._note(ticket, reply)
             orders = self._follow_up(now, ticket)
             if orders and isinstance(reply, Done) and self._broken is None:
                 self._freeing.append(_Freeing(now + _FREEING_S, orders, ticket, reply))
@@ -161,8 +163,7 @@ class ControllerService:
             self._follow_up(now)
             self._reuse(self._cuts.end_overdue(now))
             self._give_up_units(now)
-            if self._keeper is not None:
-                self._keeper.snapshot_if_due()
+            self._snapshot_if_due()
             late = [ticket for deadline, ticket in self._waiting_for_units if deadline <= now]
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[0] > now]
             for ticket in late:
@@ -172,7 +173,7 @@ class ControllerService:
             self._answer_freed(now)
             due = [deadline for deadline, _ in self._waiting_for_units] + [entry.deadline for entry in self._freeing]
             due += filter(None, (self._ledger.next_deadline(), self._cuts.next_deadline()))
-            if self._held_back:
+            if self._keeper is not None and self._keeper.held_back:
                 due.append(now + _RETRY_S)
             away = self._units.away_since()
             if away is not None:
@@ -184,6 +185,7 @@ class ControllerService:
         with self._lock:
             now = self._clock()
             self._cancel((ticket.client_id, ticket.request_id), now)
+            self._reuse(self._cuts.end_of_request(ticket.client_id, ticket.request_id))
             if isinstance(reply, Admitted):
                 self._ledger.gate.withdraw(reply.admission)
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[1] is not ticket]
@@ -220,10 +222,18 @@ class ControllerService:
             return
         try:
             self._keeper.keep(self._ledger.records.take(), ticket)
-            self._keeper.snapshot_if_due()
         except TransferQueueError as error:
             log.error("the journal of the controller failed; nothing is served until it is started again: %s", error)
             self._broken = error
+
+    def _snapshot_if_due(self) -> None:
+        if self._keeper is not None and self._broken is None:
+            self._keeper.snapshot_if_due()
+
+    def _note(self, ticket: Ticket, reply: Reply | TransferQueueError | None) -> None:
+        """The answer is decided: from now on it is part of every snapshot, whenever it is sent."""
+        if self._keeper is not None and reply is not None and not isinstance(reply, TransferQueueError):
+            self.requests.restore(ticket.client_id, ticket.request_id, ticket.request, reply)
 
     def _flush(self) -> None:
         if self._keeper is not None:
@@ -241,11 +251,19 @@ class ControllerService:
 
         `ticket`: of the request that was carried out. Returns what units have to do.
         """
-        self._held_back = bool(self._parked) and self._keeper is not None and self._keeper.short
-        answers = self._ledger.wake(now, serve=not self._held_back)
+        keeper = self._keeper
+        if keeper is not None:
+            if keeper.held_back:
+                self._ledger.serving.try_all_again()
+            keeper.held_back = bool(self._parked) and keeper.short
+        answers = self._ledger.wake(now, serve=keeper is None or not keeper.held_back)
         self._keep(ticket)
-        for key, answer in answers:
-            self._reply(self._parked.pop(key), answer)
+        parked = [(self._parked.pop(key), answer) for key, answer in answers]
+        for other, answer in parked:
+            self._note(other, answer)
+        self._snapshot_if_due()
+        for other, answer in parked:
+            self._reply(other, answer)
         orders = []
         for number, order in self._ledger.blocks.take_orders():
             channel = self._units.channel_of(number)
@@ -304,7 +322,7 @@ class ControllerService:
                 self._reuse(self._cuts.end(request.hold))
                 return None
             case Restore():
-                return Done(count=self._restore(request))
+                return self._restore(request, ticket, now)
             case FreesDone():
                 number = self._units.number_of(request.unit_id)
                 if number is not None:
@@ -346,17 +364,21 @@ class ControllerService:
         for order in self._ledger.blocks.unconfirmed(unit) if channel is not None else ():
             self._push(channel, order)
 
-    def _restore(self, request: Restore) -> int:
+    def _restore(self, request: Restore, ticket: Ticket, now: float) -> Done:
+        """The new state is written down as a whole, together with the answer, before that is given."""
+        for block in request.new.tolist():
+            self._units.check(block)
+            self._ledger.blocks.check_new(block)
         before = self._ledger.state()
-        count = restore(self._ledger, request)
+        done = Done(count=restore(self._ledger, request))
         if self._keeper is not None:
             try:
-                self._keeper.write_snapshot()
+                self._keeper.replace(ticket, done, now)
             except TransferQueueError:
                 self._ledger.load(before)
                 self._ledger.blocks.take_orders()  # to free what is needed again
                 raise
-        return count
+        return done
 
     def _known_units(self) -> Units:
         return Units(units=self._units.infos(), admit_from_bytes=self._ledger.gate.admit_from_bytes)

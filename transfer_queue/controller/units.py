@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transfer_queue.errors import InvalidArgument
+from transfer_queue.errors import InvalidArgument, LeaseExpired
 from transfer_queue.messages import UNIT_SHIFT, Announce, UnitInfo
 
 _FIELDS = tuple(field.name for field in fields(UnitInfo))
@@ -40,10 +40,16 @@ class UnitBook:
         return tuple(unit.info for unit in self._by_id.values())
 
     def check(self, block: int) -> None:
-        """Raise for a block of a unit that never announced itself."""
-        if block and block >> UNIT_SHIFT not in self._by_number:
-            raise InvalidArgument(
-                f"block {block} names storage unit {block >> UNIT_SHIFT}, which this session does not have"
+        """Raise for a block of a unit that never announced itself, or that was given up."""
+        if not block:
+            return
+        number = block >> UNIT_SHIFT
+        unit = self._by_number.get(number)
+        if unit is None:
+            raise InvalidArgument(f"block {block} names storage unit {number}, which this session does not have")
+        if unit.given_up:
+            raise LeaseExpired(
+                f"storage unit {unit.info.unit_id!r} was given up while block {block} was written to it: put again"
             )
 
     def number_of(self, unit_id: str) -> int | None:

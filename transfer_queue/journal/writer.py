@@ -27,7 +27,7 @@ from transfer_queue.journal.syncing import GroupSync
 
 DEFAULT_SEGMENT_BYTES = 4 << 20
 DEFAULT_RESERVE_BYTES = 1 << 20
-DEFAULT_SNAPSHOT_BYTES = 16 << 20
+DEFAULT_SNAPSHOT_BYTES = 4 << 20  # some 10 000 changes of a controller, which take less than a second to make again
 
 
 class Journal:
@@ -173,7 +173,7 @@ class Journal:
     def wants_snapshot(self) -> bool:
         """Whether so much was appended since the last snapshot that a new one saves space and time."""
         used = self._space.used_bytes
-        enough = max(self._sizes.snapshot_bytes, 2 * self._snapshot_size)
+        enough = max(self._sizes.snapshot_bytes, self._snapshot_size)
         return used - self._snapshot_at > enough and used >= self._retry_at
 
     def begin_snapshot(self) -> SnapshotWriter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ class Choice(NamedTuple):
     consumed: Int64s  # marked consumed; the same object where it is the same
     split: Split | None = None
     bounds: list[int] | None = None  # of the slices, where the draw fixed them
+    sampler_state: dict[str, Any] | None = None  # what the sampler keeps, after it chose
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Drawing:
                 return None
             if split is not None:
                 bounds = self.assignments.bounds(plan, chosen[0])
-            choice = Choice(*chosen, split, bounds)
+            choice = Choice(*chosen, split, bounds, plan.sampler_state())
         else:
             choice = Choice(assignment.chosen.rows, assignment.consumed, split)
         if split is None:

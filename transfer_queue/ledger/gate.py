@@ -36,16 +36,16 @@ class Gate:
         Room that was kept for the put is not kept any more: it is to be carried out now, or waits as any other.
         """
         count = self._new_rows(request, name)
+        claim = Claim(name, client, count, request.size_bytes)
+        admission = request.admission if isinstance(request, Put) else None
+        admitted = admission is not None and self._usage is not None and self._usage.use(admission, claim)
         if count == 0:
             return None
         window = self._rows.room(name, count)
         if window is not None or self._usage is None:
             return window
-        claim = Claim(name, client, count, request.size_bytes)
         self._usage.check(claim)
-        if isinstance(request, Put) and request.admission is not None and self._usage.use(request.admission, claim):
-            return None
-        return self._usage.obstacle(claim)
+        return None if admitted else self._usage.obstacle(claim)
 
     def left(self, partition: str | None, producer: str) -> dict[Limit, int]:
         """What the limits that are set leave this producer."""
@@ -67,8 +67,9 @@ class Gate:
         return self._usage is not None and self._usage.room_made
 
     def admit(self, request: Admit, name: str, client: str, now: float) -> int:
-        """Keep room for the put; returns what it has to come with, 0 if there are no limits."""
-        return 0 if self._usage is None else self._usage.admit(self._claim(request, name, client), now)
+        """Keep room for the put; returns what it has to come with, 0 if it needs none."""
+        claim = self._claim(request, name, client)
+        return 0 if self._usage is None or not claim.samples else self._usage.admit(claim, now)
 
     def withdraw(self, admission: int) -> None:
         """The put that was admitted will not come."""

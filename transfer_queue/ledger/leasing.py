@@ -136,6 +136,8 @@ class Leasing:
         """Give rows of a lease back; returns their number, their partition, and what is to be quarantined."""
         lease = self.book.get(token)
         chosen = self._chosen(lease, rows, generations, OPEN)
+        if lease.assignment is not None:  # a rank works on its slice as a whole
+            chosen = np.flatnonzero(lease.open)
         partition = self._rows.partitions[lease.partition]
         back = self._give_back(partition, lease, chosen, "released")
         if not lease.open.any():
@@ -161,6 +163,7 @@ class Leasing:
             self._reserving.unreserve(partition, lease.task, self._alive(lease, chosen[lease.marked[chosen]]))
         else:
             lease.assignment.leased.pop(lease.rank, None)
+            self._reserving.break_slices(partition, lease.task, lease.assignment)
         self.book.end(lease, "withdrawn")
 
     def renew(self, token: int, duration_s: float | None, now: float) -> float:
@@ -200,15 +203,18 @@ class Leasing:
             if len(lost):
                 self._settle(lease, lost, GONE, "removed")
                 if not lease.open[: lease.handed_out].any():
-                    self._drop_hidden(partition, lease)
-                    self.book.end(lease, "its samples were cleared")
-                    if lease.assignment is not None:
-                        lease.assignment.leased.pop(lease.rank, None)
+                    self._end_without_rows(partition, lease)
 
-    def _drop_hidden(self, partition: Partition, lease: Lease) -> None:
+    def _end_without_rows(self, partition: Partition, lease: Lease) -> None:
+        """The last rows that were open are gone; a rank that acknowledged the others is done with its slice."""
         rest = np.flatnonzero(lease.open)
         if len(rest):
             self._give_back(partition, lease, rest, "released")
+        self.book.end(lease, "its samples were cleared")
+        if lease.assignment is not None:
+            lease.assignment.leased.pop(lease.rank, None)
+            if (lease.state == DONE).any():
+                self._finish_slice(partition, lease, lease.assignment)
 
     def forget(self, partition: str, task: str | None, how: str) -> None:
         """Leases of a partition (and task) are void; their rows are settled by the caller."""
@@ -261,6 +267,7 @@ class Leasing:
         else:
             lease.assignment.leased.pop(lease.rank, None)
             self._assignments.offer_again(partition.name, lease.task, lease.assignment, lease.rank)
+            self._reserving.break_slices(partition, lease.task, lease.assignment)
         if self.max_deliveries is None:
             return rows[:0]
         return np.array([row for row in rows.tolist() if len(column.returns[row]) >= self.max_deliveries], np.int64)

@@ -20,6 +20,7 @@ Int64s: TypeAlias = NDArray[np.int64]
 
 _COMPACT_FROM = 4096
 _QUARANTINED = 100
+_LARGEST_GROUP = 1 << 16  # a group by position may begin before the first row that is left
 
 
 @dataclass
@@ -160,7 +161,7 @@ class Partition:
         self.base += self._leading
         self.length -= self._leading
         self._leading = 0
-        self.groups.forget_holes(self.base)
+        self.groups.forget_holes(self.base - _LARGEST_GROUP)
         self.ready.clear()
 
     # ------------------------------------------------------------ groups

@@ -52,8 +52,9 @@ class Reserving:
             if len(rest) < len(part.rows) or self._table.outdated(rest).any():
                 assignment.broken.add(rank)
                 held = self._table.alive(assignment.held)
-                assignment.held = self._table.handle(np.setdiff1d(held, rest))
-                self.unreserve(partition, task, np.intersect1d(held, rest))
+                undone = np.setdiff1d(np.intersect1d(held, rest), np.fromiter(assignment.acked, np.int64))
+                assignment.held = self._table.handle(np.setdiff1d(held, undone))
+                self.unreserve(partition, task, undone)
         if missing and not assignment.missing:
             self.complete(partition, task, assignment)
 

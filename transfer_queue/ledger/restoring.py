@@ -35,7 +35,8 @@ def restorable(state: State, live: State, old: Int64s, new: Int64s) -> State:
         )
     table, saved = state["rows"]["table"], state["rows"]["table"]["generation"]
     alive = table["partition"] != FREE
-    table["generation"] = _renewed(saved, live["rows"]["table"]["generation"])
+    renewed = _renewed(saved, live["rows"]["table"]["generation"])
+    table["generation"], state["rows"]["beyond"] = renewed[: len(saved)], renewed[len(saved) :]
 
     def renew(handle: Any) -> tuple[Int64s, Int64s]:
         rows, generations = handle
@@ -53,17 +54,18 @@ def restorable(state: State, live: State, old: Int64s, new: Int64s) -> State:
 
 def _renewed(saved: Int64s, live: Int64s) -> Int64s:
     """Above every generation that either side has given out."""
-    grown = np.zeros(max(len(saved), len(live)), np.int64)
-    grown[: len(live)] = live
-    renewed: Int64s = np.maximum(saved, grown[: len(saved)]) + 1
-    return renewed
+    renewed = np.zeros(max(len(saved), len(live)), np.int64)
+    renewed[: len(saved)] = saved
+    renewed[: len(live)] = np.maximum(renewed[: len(live)], live)
+    return renewed + 1
 
 
 def _end_leases(state: State, live: State) -> None:
     """Rows under a lease go back, as if released; tokens are never used twice."""
     tasks = {task["name"]: task for task in state["rows"]["table"]["tasks"]}
     accounts = _accounts(state)
-    for head, rows, _, marked, settled, assignment, _ in state["leases"]["open"]:
+    turns = {tuple(key): (count, set(returned.tolist())) for *key, count, returned in state["assignments"]["turns"]}
+    for head, rows, _, marked, settled, assignment, rank in state["leases"]["open"]:
         still = settled == 0
         _, _, partition, task, _, _ = head
         released = accounts[partition, task]
@@ -71,6 +73,11 @@ def _end_leases(state: State, live: State) -> None:
         if assignment < 0:
             reserved = tasks[task]["reserved"] = np.array(tasks[task]["reserved"])
             reserved[rows[0][still & marked]] = False
+        elif state["pool"][assignment]["key"][0] == "counted":  # a rank that names no group gets its slice again
+            turns[partition, task, rank][1].add(state["pool"][assignment]["key"][2])
+    state["assignments"]["turns"] = [
+        (*key, count, np.array(sorted(returned), np.int64)) for key, (count, returned) in turns.items()
+    ]
     for task in tasks.values():
         task["returns"], task["again"] = [], np.empty(0, np.int64)
     state["leases"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,8 @@ class Plan:
         return 1 if self.sampler.accepts_partial or self.filters or self.group_size is not None else self.want
 
     def sampler_state(self) -> dict[str, Any] | None:
-        """What a sampler that keeps state has to be given back after a restart."""
-        state_dict = getattr(self.sampler, "state_dict", None)
-        return None if state_dict is None else state_dict()
+        """What a sampler that keeps state has to be given back after a restart. Raises `SamplerError`."""
+        return state_of(self.sampler)
 
     @property
     def filters(self) -> bool:
@@ -111,12 +111,12 @@ class SamplerBook:
         load = getattr(sampler, "load_state_dict", None)
         state = self.states.pop(task, None)
         if load is not None and state is not None:
-            load(state)
+            _guarded(sampler, lambda: load(state))
 
     def state(self) -> dict[str, Any]:
         """Which tasks have samplers of their own and how to get them back, and what samplers remember."""
         samplers: list[tuple[str | None, Any]] = [(None, self._default), *self._by_task.items()]
-        states = {task: made.state_dict() for task, made in samplers if hasattr(made, "state_dict")}
+        states = {task: state for task, made in samplers if (state := state_of(made)) is not None}
         states |= self.states
         made = [(task, how) for task, how in self.made.items() if isinstance(how, tuple)]
         objects = {task: how for task, how in self.made.items() if isinstance(how, str)}
@@ -235,6 +235,30 @@ class SamplerBook:
             sampled = _expand(sampled, plan.group_size, ready, table)
             consumed = sampled if same else _expand(consumed, plan.group_size, ready, table)
         return sampled, consumed
+
+
+def state_of(sampler: BaseSampler) -> dict[str, Any] | None:
+    """A copy of what a sampler keeps, None if it keeps nothing; `SamplerError` for what a journal cannot hold."""
+    state_dict = getattr(sampler, "state_dict", None)
+    if state_dict is None:
+        return None
+    state = _guarded(sampler, state_dict)
+    if not isinstance(state, dict) or not _is_plain(state):
+        raise SamplerError(
+            f"state_dict of sampler {sampler!r} must return a dict of numbers, texts, bytes, NumPy arrays, and lists, "
+            f"tuples and dicts of those, not {state!r:.200}"
+        )
+    return copy.deepcopy(state)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str | int) and _is_plain(each) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufc"
+    return value is None or isinstance(value, bool | int | float | str | bytes)
 
 
 def _split(params: Mapping[str, Any], sampler: BaseSampler) -> Split | None:

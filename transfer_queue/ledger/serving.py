@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from transfer_queue.errors import JournalDamaged, StaleSampleError, TransferQueueError
@@ -41,6 +42,7 @@ class Serving:
         stirred: Stirred,
     ) -> None:
         self.undoable: OrderedDict[Ticket, DrawRecord] = OrderedDict()
+        self.admits: Callable[[Put], bool] | None = None  # whether a put that waited can be written down now
         self._rows = rows
         self._putting = putting
         self._gate = gate
@@ -176,7 +178,7 @@ class Serving:
         if plan.split is not None:  # it may have ended the wait for the last rank
             self._removing.drop_stale()
         if self._records.keep:
-            self._records.add(_record_of(draw, name, ticket, asker, choice, drawn, plan.sampler_state()))
+            self._records.add(_record_of(draw, name, ticket, asker, choice, drawn))
         self._rows.blocks.close_orders()
         return self._answered(ticket, drawn, record)
 
@@ -256,6 +258,8 @@ class Serving:
             self._gate.wait(request, name, client)
             return None
         if isinstance(request, Put):
+            if self.admits is not None and not self.admits(request):
+                return None
             return self._apply(request, name, waiting.ticket, client, now)
         return Admitted(admission=self._gate.admit(request, name, client, now))
 
@@ -275,7 +279,6 @@ def _record_of(
     asker: Asker,
     choice: Choice,
     drawn: Drawn,
-    sampler_state: dict[str, Any] | None,
 ) -> Record:
     return Record(
         draw,
@@ -288,5 +291,5 @@ def _record_of(
         int(drawn.generations.sum()),
         choice.split,
         choice.bounds,
-        sampler_state,
+        choice.sampler_state,
     )

@@ -96,6 +96,7 @@ def dump_rows(rows: Rows) -> State:
         "slots": rows.slots.size,
         "free": (_array(start for start, _ in free), _array(length for _, length in free)),
         "next_number": rows.next_number,
+        "beyond": np.empty(0, np.int64),  # generations of slots that lived elsewhere, behind those of the table
     }
 
 
@@ -107,6 +108,7 @@ def load_rows(rows: Rows, state: State) -> None:
     rows.slots = Extents()
     rows.slots.load(state["slots"], list(zip(*(each.tolist() for each in state["free"]), strict=True)))
     rows.next_number = state["next_number"]
+    rows.table.grow_by(state["beyond"])
     rows.partitions.clear()
     rows.by_number.clear()
     for described in state["partitions"]:
@@ -235,11 +237,11 @@ def dump_assignments(assignments: Assignments, numbered: Numbered) -> State:
     return {
         "book": [
             (partition, task, numbered.number(assignment))
-            for (partition, task), book in assignments.by_task.items()
+            for (partition, task), book in sorted(assignments.by_task.items(), key=lambda entry: entry[0])
             for assignment in book.values()
         ],
         "turns": [(*key, turns.count, _array(turns.returned)) for key, turns in assignments.turns.items()],
-        "cleared": [(task, list(known)) for task, known in assignments.cleared.items()],
+        "cleared": [(task, list(known)) for task, known in sorted(assignments.cleared.items(), key=lambda one: one[0])],
     }
 
 

@@ -104,6 +104,13 @@ class RowTable:
             task.reserved = _resized(task.reserved, size, False)
         self.capacity = size
 
+    def grow_by(self, generations: Int64s) -> None:
+        """Make room for so many more slots, which had these generations in an earlier life."""
+        if len(generations):
+            size = self.capacity
+            self.grow(size + len(generations))
+            self.generation[size : size + len(generations)] = generations
+
     def column(self, name: str) -> Column:
         """The column of a field, made at its first appearance."""
         found = self.columns.get(name)

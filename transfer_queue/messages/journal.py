@@ -44,3 +44,8 @@ class SamplerGiven:
 @message(106)
 class Resumed:
     """The controller was started again: leases last from now on for as long as they were granted for."""
+
+
+@message(107)
+class Marked:
+    """Nothing changed."""

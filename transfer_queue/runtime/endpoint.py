@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transfer_queue.errors import ConnectionLost, DeadlineExceeded
+from transfer_queue.errors import ConnectionLost, DeadlineExceeded, NotAuthorized
 from transfer_queue.messages import ProcessId
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.wire.holders import from_record, is_alive, process_id, to_record
@@ -20,10 +22,14 @@ ENDPOINT_FILE = "endpoint.json"
 
 
 class EndpointFile:
-    """A file that only its owner can read: the controller's address and token, and who keeps the session."""
+    """A file that only its owner can read: the controller's address and token, and who keeps the session.
+
+    Whoever wrote it chooses whom this process talks to: one that others may have written is not read but refused with
+    `NotAuthorized`. `~` in the path is the home folder.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
 
     def __repr__(self) -> str:
         return f"<EndpointFile {self.path}>"
@@ -70,15 +76,22 @@ class EndpointFile:
 
     def remove(self, info: ZMQServerInfo) -> None:
         """Remove the file if it is still that of this session."""
-        with contextlib.suppress(ConnectionLost):
+        with contextlib.suppress(ConnectionLost, NotAuthorized):
             if self._record()["controller"]["session_id"] == info.session_id:
                 self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def starting(self, timeout_s: float) -> Iterator[None]:
-        """Within the block, no other process starts a session with this file. Raises `DeadlineExceeded`."""
+        """Within the block, no other process starts a session with this file.
+
+        Raises `DeadlineExceeded`, or `ConnectionLost` if there can be no such file.
+        """
         lock = self.path.with_name(f"{self.path.name}.lock")
-        with locked(lock, timeout_s, create=True) as held:
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(locked(lock, timeout_s, create=True))
+            except OSError as error:
+                raise ConnectionLost(f"cannot write the endpoint file {self.path}: {error}") from error
             if not held:
                 raise DeadlineExceeded(
                     f"attach: another process has been starting the session of {self.path} for {timeout_s:g} s "
@@ -91,8 +104,10 @@ class EndpointFile:
 
     def _record(self) -> dict[str, Any]:
         try:
-            record = json.loads(self.path.read_text())
+            record = json.loads(self._text())
             record["controller"]["session_id"]
+        except NotAuthorized:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConnectionLost(
                 f"cannot attach: no endpoint file at {str(self.path)!r} ({error}); "
@@ -100,6 +115,32 @@ class EndpointFile:
             ) from error
         assert isinstance(record, dict)
         return record
+
+    def _text(self) -> str:
+        """Return what is in the file, if nobody but this user (or root) can have written it."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise self._refused("is a symbolic link: give the path of the file itself") from error
+            raise
+        with open(descriptor) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._refused("is no file: give the path of the file that the session wrote")
+            if status.st_uid not in (os.getuid(), 0):
+                raise self._refused(
+                    f"belongs to user {status.st_uid}: attach as that user, or give the path of your own session's file"
+                )
+            if status.st_mode & 0o077:
+                raise self._refused(
+                    f"is open to other users (mode {stat.S_IMODE(status.st_mode):04o}): if it is of your own session, "
+                    "chmod 600 it"
+                )
+            return file.read()
+
+    def _refused(self, why: str) -> NotAuthorized:
+        return NotAuthorized(f"the endpoint file {str(self.path)!r} is not to be trusted: it {why}")
 
 
 def _owner(record: dict[str, Any]) -> ProcessId | None:

@@ -7,6 +7,7 @@ themselves. `supervisor` is the process that would start it again; while that on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import shutil
@@ -76,6 +77,10 @@ class _Endpoint(NamedTuple):
         curve = CurveKeys(*record["curve"]) if record["curve"] else None
         return cls(record["port"], bytes.fromhex(record["token"]), record["session_id"], curve), True
 
+    def __repr__(self) -> str:
+        """Without the token, which lets whoever has it pass for a client."""
+        return f"<_Endpoint of session {self.session_id}, port {self.port}>"
+
     @property
     def curve_key(self) -> str:
         return "" if self.curve is None else self.curve.public
@@ -137,6 +142,8 @@ class ControllerServer:
                 )
             if journal_path is not None and journal:
                 self._on_disk = Path(journal_path) / "controller"
+                with contextlib.suppress(OSError):  # the journal says why there can be no folder
+                    self._on_disk.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self.service.keep_in(self._on_disk, sync=True)
             elif journal:
                 self.service.keep_in(self.folder.path / "journal")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from transfer_queue.errors import CapacityExceeded
-from transfer_queue.storage.arena import Arenas
+from transfer_queue.storage.arena import Arena, Arenas
 
 _RETRY_S = 1.0
 
@@ -57,17 +57,29 @@ class Growth:
 
     def _make(self, size_bytes: int) -> None:
         try:
-            arena = self._arenas.create(size_bytes)
-        except CapacityExceeded as error:
+            arena = self._filled(size_bytes)
+        except (CapacityExceeded, OSError) as error:
             with self._lock:
                 self._growing = False
                 self._arenas.give_up(size_bytes)
-                self.full = error
+                self.full = error if isinstance(error, CapacityExceeded) else _not_made(size_bytes, error)
                 self._retry_at = self._clock() + _RETRY_S
             return
-        arena.fill()
         with self._lock:
             self._growing = False
             self.full = None
             self._arenas.add(arena)
         self._grown()
+
+    def _filled(self, size_bytes: int) -> Arena:
+        arena = self._arenas.create(size_bytes)
+        try:
+            arena.fill()
+        except BaseException:
+            arena.close()
+            raise
+        return arena
+
+
+def _not_made(size_bytes: int, error: OSError) -> CapacityExceeded:
+    return CapacityExceeded(f"cannot make an arena of {size_bytes} bytes: {error}", needed_bytes=size_bytes)

@@ -183,22 +183,22 @@ class UnitService:
     def tick(self) -> float | None:
         """Release what the dead hold, give up on reservations that are due; return seconds to the next turn."""
         now = self._clock()
-        with self._lock:
-            if self._closed:
-                return None
-            expired = [waiting for waiting in self._waiting if waiting.deadline <= now]
-            self._waiting = [waiting for waiting in self._waiting if waiting.deadline > now]
-            errors = [no_space(self._space, waiting.request, self._growth.full) for waiting in expired]
-            if now >= self._reap_at:
-                self._reap_at = now + _REAP_S
-                self._reap()
-            answers = self._serve_waiting()
-            self._save()
-            due = min([self._reap_at, *(waiting.deadline for waiting in self._waiting)])
-        for waiting, error in zip(expired, errors, strict=True):
-            waiting.ticket.answer(error)
-        _answer_all(answers)
-        return max(0.0, due - now)
+        answers: list[tuple[Ticket, Reserved | TransferQueueError]] = []
+        try:
+            with self._lock:
+                if self._closed:
+                    return None
+                expired = [one for one in self._waiting if one.deadline <= now]
+                answers += [(one.ticket, no_space(self._space, one.request, self._growth.full)) for one in expired]
+                self._waiting = [one for one in self._waiting if one.deadline > now]
+                if now >= self._reap_at:
+                    self._reap_at = now + _REAP_S
+                    self._reap()
+                answers += self._serve_waiting()
+                self._save()
+                return max(0.0, min([self._reap_at, *(one.deadline for one in self._waiting)]) - now)
+        finally:  # who waits no more is told so, whatever failed
+            _answer_all(answers)
 
     def lost(self, ticket: Ticket, reply: Any) -> None:
         """The reply (None: any) to this request has nobody to go to: undo what it granted."""

@@ -211,7 +211,8 @@ def remove_left(path: Path, timeout_s: float) -> bool:
             owner = _owner(path)
             if owner is None or not is_alive(owner):
                 shutil.rmtree(path, ignore_errors=True)
-                continue
+                if not path.exists():
+                    break
         if time.monotonic() >= deadline:
             return False
         time.sleep(_LOOK_AGAIN_S)

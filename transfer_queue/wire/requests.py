@@ -30,6 +30,7 @@ from transfer_queue.messages import (
     Reply,
     Reserve,
     ResetConsumption,
+    Restore,
     SealGroup,
     SetTags,
 )
@@ -38,7 +39,7 @@ from transfer_queue.wire.ticket import Ticket
 
 GIVEN_BACK = (Draw, Reserve, Pin, Admit)  # an answer that nobody gets is taken back, so the request may run again
 _LASTING = (
-    *(Put, SetTags, Clear, ResetConsumption, SealGroup, AbortGroup, RegisterSampler),
+    *(Put, SetTags, Clear, ResetConsumption, SealGroup, AbortGroup, RegisterSampler, Restore),
     *(Ack, Release, Renew, Drop),
 )
 REMEMBERED = (*GIVEN_BACK, *_LASTING)

@@ -323,3 +323,62 @@ class TestDataParallel:
         other = queue.rank(1, 2, 2, group="g", lease_s=5.0)
         queue.ack(other)
         assert queue.account()["consumed"] == 2
+
+    def test_a_slice_that_lost_a_row_under_its_lease_goes_back_when_the_lease_ends(self) -> None:
+        """The rank is told; what is left of its slice is for others, and the group ends with the other rank."""
+        queue = Driver()
+        queue.put(4)
+        queue.rank(0, 2, 2, group="g", lease_s=5.0)
+        other = queue.rank(1, 2, 2, group="g", lease_s=50.0)
+        queue.clear_rows(0)
+        queue.later(6.0)
+        with pytest.raises(StaleSampleError):
+            queue.rank(0, 2, 2, group="g", lease_s=5.0)
+        assert rows(queue.draw(1)) == [1]
+        queue.ack(other)
+        assert (queue.account()["reserved"], queue.account()["consumed"]) == (0, 3)
+
+    def test_what_a_rank_acknowledged_is_not_delivered_again_when_the_rest_of_its_slice_is_dropped(self) -> None:
+        queue = Driver()
+        queue.put(2)
+        drawn = queue.rank(0, 1, 2, group="g", lease_s=5.0)
+        queue.ack(drawn, queue.locate(indexes=ints(0)))
+        queue.drop(queue.locate(indexes=ints(1)))
+        assert (queue.account()["reserved"], queue.account()["consumed"]) == (0, 1)
+        with pytest.raises(GetMetaTimeout):
+            queue.draw(1, timeout_s=0.0)
+
+    def test_a_slice_is_given_back_as_a_whole(self) -> None:
+        """What was acknowledged before stays so."""
+        queue = Driver()
+        queue.put(3)
+        drawn = queue.rank(0, 1, 3, group="g", lease_s=5.0)
+        queue.ack(drawn, queue.locate(indexes=ints(0)))
+        assert queue.release(drawn, queue.locate(indexes=ints(1))) == 2
+        again = queue.rank(0, 1, 3, group="g", lease_s=5.0)
+        assert queue.ack(again) == 2
+        assert queue.account()["consumed"] == 3
+
+
+def test_a_quarantine_that_ends_other_leases_is_replayed() -> None:
+    """Two tasks lease the same rows; the end of one lease drops the rows, and with them the other lease."""
+    queue = Driver(max_deliveries=1)
+    queue.put(2)
+    queue.lease(2, 5.0, task="t", client="c/1")
+    queue.lease(2, 5.0, task="u", client="c/1")
+    queue.gone("c/1")
+    assert queue.ledger.reports.audit()["partitions"]["p"]["dropped"] == {"quarantined": 2}
+    queue.put(2)
+    queue.lease(2, 5.0, task="t")
+    queue.lease(2, 5.0, task="u")
+    queue.later(6.0)
+    assert queue.ledger.reports.audit()["partitions"]["p"]["dropped"] == {"quarantined": 4}
+
+
+def test_a_group_by_position_that_lost_rows_outlives_the_compaction_of_its_partition() -> None:
+    queue = Driver(num_n_samples=2)
+    queue.put(6000)
+    queue.drop(queue.locate(indexes=ints(4000)))
+    queue.clear_rows(*range(4000))
+    found = [rows(queue.draw(2, get_n_samples=True)) for _ in range(2)]
+    assert found == [[4001], [4002, 4003]]
