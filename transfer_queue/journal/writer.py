@@ -173,7 +173,7 @@ class Journal:
     def wants_snapshot(self) -> bool:
         """Whether so much was appended since the last snapshot that a new one saves space and time."""
         used = self._space.used_bytes
-        enough = max(self._sizes.snapshot_bytes, self._snapshot_size)
+        enough = max(self._sizes.snapshot_bytes, 2 * self._snapshot_size)
         return used - self._snapshot_at > enough and used >= self._retry_at
 
     def begin_snapshot(self) -> SnapshotWriter:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import InsufficientSamples, InvalidArgument, SamplerError, TransferQueueError, WrongType
+from transfer_queue.errors import InvalidArgument, SamplerError, WrongType
+from transfer_queue.ledger.guarding import guarded, state_of
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.ready import GroupHeadsView, ReadySet, RowsView
 from transfer_queue.ledger.table import NO_VERSION, RowTable
@@ -111,7 +110,7 @@ class SamplerBook:
         load = getattr(sampler, "load_state_dict", None)
         state = self.states.pop(task, None)
         if load is not None and state is not None:
-            _guarded(sampler, lambda: load(state))
+            guarded(sampler, lambda: load(state))
 
     def state(self) -> dict[str, Any]:
         """Which tasks have samplers of their own and how to get them back, and what samplers remember."""
@@ -155,7 +154,7 @@ class SamplerBook:
             sampler = sampler.inner
         group_size = self._group_size(draw, sampler)
         arguments = _fitting(sampler.check_request, self._offered(draw))
-        _guarded(sampler, lambda: sampler.check_request(draw.batch_size, **arguments))
+        guarded(sampler, lambda: sampler.check_request(draw.batch_size, **arguments))
         if group_size is not None and draw.batch_size % group_size:
             raise InvalidArgument(
                 f"batch_size ({draw.batch_size}) must be divisible by num_n_samples ({group_size}) "
@@ -222,7 +221,7 @@ class SamplerBook:
             versions=views.versions,
         )
         offered = _fitting(sampler.sample, offered)
-        chosen = _guarded(sampler, lambda: sampler.sample(candidates, want, **offered))
+        chosen = guarded(sampler, lambda: sampler.sample(candidates, want, **offered))
         if chosen is None:
             return None
         handed_out, marked = _pair(chosen)
@@ -235,30 +234,6 @@ class SamplerBook:
             sampled = _expand(sampled, plan.group_size, ready, table)
             consumed = sampled if same else _expand(consumed, plan.group_size, ready, table)
         return sampled, consumed
-
-
-def state_of(sampler: BaseSampler) -> dict[str, Any] | None:
-    """A copy of what a sampler keeps, None if it keeps nothing; `SamplerError` for what a journal cannot hold."""
-    state_dict = getattr(sampler, "state_dict", None)
-    if state_dict is None:
-        return None
-    state = _guarded(sampler, state_dict)
-    if not isinstance(state, dict) or not _is_plain(state):
-        raise SamplerError(
-            f"state_dict of sampler {sampler!r} must return a dict of numbers, texts, bytes, NumPy arrays, and lists, "
-            f"tuples and dicts of those, not {state!r:.200}"
-        )
-    return copy.deepcopy(state)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str | int) and _is_plain(each) for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biufc"
-    return value is None or isinstance(value, bool | int | float | str | bytes)
 
 
 def _split(params: Mapping[str, Any], sampler: BaseSampler) -> Split | None:
@@ -304,7 +279,7 @@ def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable
         production = np.zeros((table.capacity, 0), dtype=np.int8)
     consumption = task.consumed | (task.reserved | table.outdated()).astype(np.int8)
     offered = {"partition_id": ready.partition.name, "task_name": draw.task_name, **draw.sampler_params}
-    found = _guarded(
+    found = guarded(
         sampler,
         lambda: sampler.filter_ready_indices(
             ready.partition.rows().tolist(),
@@ -316,21 +291,6 @@ def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable
         ),
     )
     return _as_rows(sampler, [] if found is None else found)
-
-
-def _guarded(sampler: BaseSampler, call: Callable[[], Any]) -> Any:
-    """Run user code: "not enough yet" becomes None, anything that is not ours a `SamplerError` with the traceback."""
-    try:
-        return call()
-    except InsufficientSamples:
-        return None
-    except TransferQueueError:
-        raise
-    except Exception as error:  # user code: whatever it raises fails only this request
-        if isinstance(error, ValueError) and str(error).startswith("Insufficient ready indices"):
-            return None
-        text = "".join(traceback.format_exception(error)).rstrip()
-        raise SamplerError(f"sampler {sampler!r} raised {type(error).__name__}: {error}\n{text}") from error
 
 
 def _pair(chosen: Any) -> tuple[Any, Any]:

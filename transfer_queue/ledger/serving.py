@@ -188,7 +188,15 @@ class Serving:
             self.undoable.popitem(last=False)
         if record.stirs:
             self._stirred.stir(record.partition)
+        if record.assignment is not None and record.lease_token is None and drawn.lease_token is not None:
+            self._keep_for_peer(drawn.lease_token)
         return drawn
+
+    def _keep_for_peer(self, token: int) -> None:
+        """A peer of the rank has this lease too: it stays, though the answer that granted it may never have arrived."""
+        for record in self.undoable.values():
+            if record.lease_token == token:
+                record.lease_token = None
 
     # ------------------------------------------------------------ what waits
 

@@ -241,6 +241,17 @@ class TestDataParallel:
         queue.ack(second)
         assert (queue.account()["reserved"], queue.account()["consumed"]) == (0, 4)
 
+    def test_a_lease_that_a_peer_has_is_not_withdrawn(self) -> None:
+        """The answer that granted it got lost, with a rank whose next life asked again meanwhile."""
+        queue = Driver()
+        queue.put(2)
+        queue.rank(0, 1, 2, group="g", lease_s=10.0)
+        lost = queue.ticket
+        peer = queue.rank(0, 1, 2, group="g", lease_s=10.0)
+        assert queue.cancel(lost)
+        assert queue.ack(peer) == 2
+        assert queue.account()["leases"] == {"granted": 2, "acked": 2, "open": 0}
+
     def test_peers_of_a_rank_share_the_lease(self) -> None:
         """Before and after one of them acknowledged it."""
         queue = Driver()
