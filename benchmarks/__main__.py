@@ -10,16 +10,17 @@ import importlib
 import importlib.util
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.scale import SCALES
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import PARTS, SAFETY, WORKLOADS
 
 if TYPE_CHECKING:
     from benchmarks.figures import Report
     from benchmarks.peers.table import PeerKind
+    from benchmarks.scale import Scale
 
 BENCHMARKS = {
     "kv": "put and get of whole batches, from one process to another",
@@ -28,13 +29,14 @@ BENCHMARKS = {
     "rl_step": "the stages of one training step, and how long each waits",
     "costs": "starts, idle processor time and memory",
     "curves": "how times grow with bytes, samples, fields, partitions, tasks, waiters and clients",
+    SAFETY: "what journal, checksums, encryption, leases, recovery and checkpoints cost",
 }
 ALL = "all"
 RUNTIMES = ("ray", "processes", "embedded")
 INTERRUPTED = 130
 DESCRIPTION = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
 EPILOG = """ray: everything in actors of one host; processes: the queue here, writer and reader in a process each;
-embedded: everything in threads of this process"""
+embedded: everything in threads of this process; safety starts sessions of child processes of its own"""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,6 +44,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("benchmark", choices=(*BENCHMARKS, ALL))
     told = "; ".join(f"{name}: {text}" for name, text in WORKLOADS.items())
     parser.add_argument("--workloads", type=_workloads, default=tuple(WORKLOADS), metavar="W,W", help=f"of kv. {told}")
+    told = "; ".join(f"{name}: {text}" for name, text in PARTS.items())
+    parser.add_argument("--parts", type=_parts, default=tuple(PARTS), metavar="P,P", help=f"of safety. {told}")
     text = "ray, transferqueue==VERSION, mooncake: measured in turn with ours by kv and control"
     parser.add_argument("--peers", type=_peers, default=(), metavar="P,P", help=text)
     parser.add_argument("--json", type=_file, metavar="FILE", help="write commit, machine, versions and all figures")
@@ -56,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     from benchmarks.figures import Report  # from here on torch is needed
 
-    report = Report(options.benchmark, {"runtime": options.runtime, "scale": options.scale})
+    runtime = "processes" if options.benchmark == SAFETY else options.runtime
+    report = Report(options.benchmark, {"runtime": runtime, "scale": options.scale})
     try:
         _measure(report, options)
         report.complete = True
@@ -65,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         print(report.table())
         if options.json is not None:
+            if options.benchmark == SAFETY:
+                report.join(options.json)
             report.write(options.json)
         if options.plot is not None:
             _plot(report, options.plot)
@@ -76,10 +83,14 @@ def _measure(report: Report, options: argparse.Namespace) -> None:
     from benchmarks.placement import PLACEMENTS
 
     scale = SCALES[options.scale]
+    if options.benchmark == SAFETY:
+        _measure_safety(report, scale, options)
+        return
     more: dict[str, dict[str, Any]] = {"kv": {"workloads": options.workloads, "peers": options.peers}}
     print("measuring floors ...", flush=True)
     floors.measure(report, scale)
-    for name in BENCHMARKS if options.benchmark == ALL else (options.benchmark,):
+    alone = [name for name in BENCHMARKS if name != SAFETY]
+    for name in alone if options.benchmark == ALL else (options.benchmark,):
         print(f"measuring {name} ...", flush=True)
         report.benchmark = name
         measure = importlib.import_module(f"benchmarks.{name}").measure
@@ -87,6 +98,14 @@ def _measure(report: Report, options: argparse.Namespace) -> None:
             measure(report, scale, placement, **more.get(name, {}))
             if name == "control":
                 calls.measure(report, scale, placement, options.peers)
+    if options.benchmark == ALL:
+        _measure_safety(report, scale, options)
+
+
+def _measure_safety(report: Report, scale: Scale, options: argparse.Namespace) -> None:
+    from benchmarks import safety
+
+    safety.measure(report, scale, options.parts)
 
 
 def _plot(report: Report, file: Path) -> None:
@@ -99,10 +118,18 @@ def _plot(report: Report, file: Path) -> None:
 
 
 def _workloads(text: str) -> tuple[str, ...]:
+    return _known("workload", text, WORKLOADS)
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return _known("part", text, PARTS)
+
+
+def _known(what: str, text: str, known: Mapping[str, str]) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    unknown = [name for name in names if name not in WORKLOADS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no workload {unknown[0]!r}; known: {', '.join(WORKLOADS)}")
+        raise argparse.ArgumentTypeError(f"no {what} {unknown[0]!r}; known: {', '.join(known)}")
     return names
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from benchmarks.tables import commit, machine_line
+from benchmarks.figures import FASTER
+from benchmarks.tables import commits, machine_line
+from benchmarks.workloads import SAFETY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +39,19 @@ _COLUMNS = {  # of a panel of bytes per second: the durations that are added up
 _NOT_CURVES = ("draw", "touch every byte")  # parts of what is drawn
 _SPAN = 10.0  # the least ratio of the ends of an axis
 _ROOF = "memcpy, warm pages"
+_SAFETY = {  # panels of latencies: how the names of the benchmarks begin, and the measures
+    "recovery": (
+        (f"{SAFETY}/controller", f"{SAFETY}/unit"),
+        ("kill to the first call served", "start of a bare process"),
+    ),
+    "new connections": ((f"{SAFETY}/connections",), ("connect, proof and first request", "second request")),
+    "checkpoints": (
+        (f"{SAFETY}/checkpoint",),
+        ("save", "write of a plain file, synced", "load", "read of a plain file", "while a checkpoint is saved"),
+    ),
+}
+_PLAIN = ("start of a bare process", "write of a plain file, synced", "read of a plain file")  # to compare with
+_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7)
 _ROUND_TRIP = "Unix socket round trip, 0.1 ms of work at either end"
 
 
@@ -47,7 +62,7 @@ def draw(record: Entry, file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    panels = [*_rate_panels(record), *_latency_panels(record), *_curve_panels(record)]
+    panels = [*_rate_panels(record), *_latency_panels(record), *_ratio_panels(record), *_curve_panels(record)]
     if not panels:
         raise ValueError("nothing was measured that could be drawn")
     heights = [height for height, _ in panels]
@@ -57,7 +72,7 @@ def draw(record: Entry, file: Path) -> None:
         paint(part)
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
     figure.suptitle(
-        f"transfer_queue {commit(record)} · {record['benchmark']} · {settings} · {machine_line(record['machine'])}",
+        f"transfer_queue {commits(record)} · {record['benchmark']} · {settings} · {machine_line(record['machine'])}",
         fontsize=9,
         color="#444444",
     )
@@ -142,45 +157,98 @@ def _paint_bars(axes: Axes, labels: Sequence[str], values: Sequence[float], colo
 
 
 def _latency_panels(record: Entry) -> list[Panel]:
-    """Medians of `control`, with a line to the 99th percentile, on a logarithmic axis."""
-    calls = [one for one in record["measurements"] if one["benchmark"] == "control" and one["x"] is None]
-    shown = [one for one in calls if one["case"] != "floor" and one["p50_ms"] > 0]  # the axis has no place for 0
-    if not shown:
-        return []
+    """Medians of `control`, and what `safety` measured in time alone."""
+    timed = [one for one in record["measurements"] if one["p50_ms"] > 0]  # the axis has no place for 0
+    calls = [one for one in timed if one["benchmark"] == "control" and one["x"] is None and one["case"] != "floor"]
+    if calls:
+        calls += [one for one in [_find(record, _ROUND_TRIP)] if one is not None]
+    panels = [_latency_panel(record, "small calls", calls)] if calls else []
+    for title, (parts, measures) in _SAFETY.items():
+        shown = [one for one in timed if one["benchmark"].startswith(parts) and one["measure"] in measures]
+        panels += [_latency_panel(record, title, shown)] if shown else []
+    return panels
+
+
+def _latency_panel(record: Entry, title: str, shown: Sequence[Entry]) -> Panel:
+    """Bars to the medians, with a line to the 99th percentile, on a logarithmic axis."""
     peers = tuple(f", {one['peer']}" for one in record["peers"])
-    shown += [one for one in [_find(record, _ROUND_TRIP)] if one is not None]
+
+    def color(one: Entry) -> str:
+        if one["case"] == "floor" or one["measure"] in _PLAIN:
+            return FLOOR
+        return OTHER if peers and one["case"].endswith(peers) else BLUES[0]
 
     def paint(part: SubFigure) -> None:
-        part.suptitle("small calls", fontweight="bold")
+        part.suptitle(title, fontweight="bold")
         axes = part.subplots()
-        labels = [f"{one['case']}, {one['measure']}" if one["case"] != "floor" else one["measure"] for one in shown]
-        colors = [
-            FLOOR if one["case"] == "floor" else OTHER if peers and one["case"].endswith(peers) else BLUES[0]
-            for one in shown
-        ]
         medians = [one["p50_ms"] for one in shown]
         worst = [max(one["p99_ms"], one["p50_ms"]) for one in shown]
         for row, (median, high) in enumerate(zip(medians, worst, strict=True)):
             axes.plot([median, high], [row, row], color="#444444", linewidth=1, marker="|", markevery=[1], zorder=3)
-            axes.annotate(
-                f"{median:.3g}",
-                (high, row),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        axes.barh(range(len(labels)), medians, color=colors, height=0.7)
+            _annotate(axes, f"{median:.3g}", (high, row))
+        axes.barh(range(len(shown)), medians, color=[color(one) for one in shown], height=0.7)
         axes.set_xscale("log")
         low = 10 ** math.floor(math.log10(max(1e-3, min(medians))))
         axes.set_xlim(low, 2 * max(worst))
-        axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set_yticks(range(len(labels)), labels, fontsize=8)
-        axes.invert_yaxis()
+        axes.tick_params(which="minor", labelbottom=False)
+        _name_rows(
+            axes, [one["measure"] if one["case"] == "floor" else f"{one['case']}, {one['measure']}" for one in shown]
+        )
         axes.set_xlabel("ms: bar and number are the median, the line ends at the 99th percentile; shorter is better")
-        axes.spines[["top", "right"]].set_visible(False)
+
+    return _HEAD_INCHES + _BAR_INCHES * len(shown), paint
+
+
+def _annotate(axes: Axes, text: str, place: tuple[float, float]) -> None:
+    axes.annotate(text, place, xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """From the top down."""
+    axes.set_ylim(-0.7, len(labels) - 0.3)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# ---------------------------------------------------------------- ratios
+
+
+def _ratio_panels(record: Entry) -> list[Panel]:
+    """What `safety` compared, each as a multiple of the time of the same without it."""
+    shown = [one for one in record["comparisons"] if one["benchmark"].startswith(f"{SAFETY}/")]
+    shown = [one for one in shown if not one["benchmark"].endswith("/checkpoint")]  # compared with plain files
+    if not shown:
+        return []
+
+    def paint(part: SubFigure) -> None:
+        part.suptitle("what safety costs: times as long as without", fontweight="bold")
+        axes = part.subplots()
+        for row, one in enumerate(shown):
+            low, median, high = sorted(_as_time(one, one[key]) for key in ("p10", "median", "p90"))
+            axes.plot([low, high], [row, row], color="#444444", linewidth=1)
+            axes.plot([median], [row], "o", color=OTHER if one["met"] is False else BLUES[0], markersize=6, zorder=3)
+            _annotate(axes, f"{median:.3g}", (high, row))
+            bound = one["at_most"] if one["at_most"] is not None else one["at_least"]
+            if bound is not None:
+                axes.plot([_as_time(one, bound)], [row], "|", color=FLOOR, markersize=12, markeredgewidth=2)
+        axes.axvline(1.0, color=FLOOR, linestyle="--", linewidth=1)
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in _TICKS if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        _name_rows(axes, [f"{one['measure']} · {one['case']}" for one in shown])
+        axes.set_xlabel(
+            "median of the rounds, line from the 10th to the 90th percentile; grey tick: aim, orange: missed"
+        )
 
     return [(_HEAD_INCHES + _BAR_INCHES * len(shown), paint)]
+
+
+def _as_time(one: Entry, ratio: float) -> float:
+    """Some are the inverse, of throughput."""
+    return 1 / ratio if one["unit"] == FASTER else ratio
 
 
 # ---------------------------------------------------------------- curves

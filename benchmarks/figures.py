@@ -165,6 +165,7 @@ class Report:
         self._quantities: list[tuple[str, Quantity]] = []
         self._comparisons: list[tuple[str, Comparison]] = []
         self._peers: list[dict[str, Any]] = []
+        self._earlier: dict[str, Any] = {}
 
     def series(self, case: str, measure: str, **options: Any) -> Series:
         """Begin one."""
@@ -199,14 +200,30 @@ class Report:
         return next((one for _, one in self._series if (one.case, one.measure) == (case, measure)), None)
 
     def record(self) -> dict[str, Any]:
-        return {
-            **self._about,
-            "complete": self.complete,
+        figures = {
             "measurements": [{"benchmark": of, **one.record()} for of, one in self._series if one.counted_s],
             "quantities": [{"benchmark": of, **asdict(one)} for of, one in self._quantities],
             "comparisons": [{"benchmark": of, **one.record()} for of, one in self._comparisons if one.ratios],
             "peers": self._peers,
         }
+        own = {one["benchmark"] for entries in figures.values() for one in entries}
+        joined = {
+            kind: [*(one for one in self._earlier.get(kind, ()) if one["benchmark"] not in own), *entries]
+            for kind, entries in figures.items()
+        }
+        commits = {**self._earlier.get("commits", {}), **dict.fromkeys(sorted(own), tables.commit(self._about))}
+        return {**self._about, "complete": self.complete, "commits": commits, **joined}
+
+    def join(self, path: Path) -> None:
+        """Go with the figures of an earlier run that `write` left there, but for benchmarks that this run has too.
+
+        Nothing is taken from a run on another machine or with other versions, or from one that ended early.
+        """
+        if not path.exists():
+            return
+        earlier = json.loads(path.read_text())
+        if earlier["complete"] and _origin_of(earlier) == _origin_of(self._about):
+            self._earlier = earlier
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.record(), indent=1) + "\n")
@@ -219,6 +236,12 @@ def quantile(values: Sequence[float], share: float) -> float:
     """The value below which that share of the others lies."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _origin_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What two runs have in common if their figures belong together."""
+    machine = {name: value for name, value in record["machine"].items() if not name.startswith("load")}
+    return {**{name: record[name] for name in ("benchmark", "settings", "versions")}, "machine": machine}
 
 
 def _sums(series: Sequence[Series]) -> list[float]:

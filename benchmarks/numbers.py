@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.tables import commit, machine_line
+from benchmarks import safety_tables
+from benchmarks.tables import commits, machine_line, markdown, short
+from benchmarks.workloads import SAFETY
 
 Entry: TypeAlias = "dict[str, Any]"
 Value: TypeAlias = "Callable[[str], str]"  # writes a measured value into the text
@@ -70,6 +72,8 @@ def load(folder: Path = RESULTS) -> Results:
 def section(results: Results, value: Value) -> str:
     """The text between the marks. Parts whose benchmark has no record are left out."""
     parts = [_origin(results, value), _batches(results, value), _peers(results, value), _lines(results, value)]
+    parts += [safety_tables.ratios(results, value), safety_tables.recovery(results, value)]
+    parts += [safety_tables.checkpoints(results, value)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -80,15 +84,16 @@ def _origin(results: Results, value: Value) -> str:
         command = f"python -m benchmarks {record['benchmark']}"
         peers = ",".join(dict.fromkeys(_peer_argument(one["peer"]) for one in record["peers"]))
         command += f" --peers {peers}" if peers else ""
-        command += "" if settings["runtime"] == "ray" else f" --runtime {settings['runtime']}"
-        lines.append(f"* `{command}`: commit {value(commit(record))}, {value(machine_line(record['machine']))}")
+        if record["benchmark"] != SAFETY and settings["runtime"] != "ray":
+            command += f" --runtime {settings['runtime']}"
+        lines.append(f"* `{command}`: commit {value(commits(record))}, {value(machine_line(record['machine']))}")
     roof = results.floor("memcpy, warm pages")
     trip = results.floor("Unix socket round trip, 0.1 ms of work at either end")
     floors = ""
     if roof is not None and trip is not None:
         floors = (
-            f" Floors of that machine: memcpy of warm pages {value(_number(roof['gb_per_s']))} GB/s; a bare Unix"
-            f" socket there and back {value(_number(trip['p50_ms']))} ms if both ends have 0.1 ms of work in between."
+            f" Floors of that machine: memcpy of warm pages {value(short(roof['gb_per_s']))} GB/s; a bare Unix"
+            f" socket there and back {value(short(trip['p50_ms']))} ms if both ends have 0.1 ms of work in between."
         )
     return "\n".join([f"Medians, unless something else is said.{floors}", "", *lines])
 
@@ -118,14 +123,14 @@ def _batches(results: Results, value: Value) -> str:
         steps = [results.find("measurements", "kv", f"{batch}, {way}", step) for step in _STEPS]
         total = results.find("measurements", "kv", f"{batch}, {way}", _TOTAL)
         cells = [_ms(one, value) for one in (put, *steps)]
-        rate = _MISSING if total is None else f"{value(_number(total['gb_per_s']))} GB/s"
+        rate = _MISSING if total is None else f"{value(short(total['gb_per_s']))} GB/s"
         if put is not None:
             rows.append((name, *cells, rate))
     if not rows:
         return ""
     header = ("batch", "put", "draw", "get to a view", "touch every byte", "bytes once ÷ all of it")
     told = "Whole batches from a writer to a reader, two processes of one host; a put includes its commit:"
-    return f"{told}\n\n{_table(header, rows)}"
+    return f"{told}\n\n{markdown(header, rows)}"
 
 
 _COMPARED = {
@@ -155,14 +160,14 @@ def _peers(results: Results, value: Value) -> str:
             ratios = [results.find("comparisons", benchmark, case, measure, against=label) for label in labels]
             if any(ratios):
                 rows.append(
-                    (name, *(_MISSING if one is None else f"{value(_number(one['median']))} ×" for one in ratios))
+                    (name, *(_MISSING if one is None else f"{value(short(one['median']))} ×" for one in ratios))
                 )
     text = (
         "How many times as fast as others, measured in turn with the same data, median of the ratios of each round\n"
         "(`ray`: the object store with the TensorDict; `ray-numpy`: with a dict of NumPy arrays, which it hands out\n"
         "as views; `mooncake`: raw buffers over TCP; none of the three has samples or fields):"
     )
-    return f"{text}\n\n{_table(('', *labels), rows)}"
+    return f"{text}\n\n{markdown(('', *labels), rows)}"
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ def _lines(results: Results, value: Value) -> str:
         cells = _figure(results, line, value)
         if cells is not None:
             rows.append((line.text, *cells))
-    return f"Small calls, and what else was measured:\n\n{_table(('', 'median', 'p99'), rows)}" if rows else ""
+    return f"Small calls, and what else was measured:\n\n{markdown(('', 'median', 'p99'), rows)}" if rows else ""
 
 
 def _figure(results: Results, line: _Line, value: Value) -> tuple[str, str] | None:
@@ -229,27 +234,14 @@ def _figure(results: Results, line: _Line, value: Value) -> tuple[str, str] | No
     if one is None:
         return None
     if line.kind == _COMPARISON:
-        return f"{value(_number(one['median']))} {one['unit']} {one['against']}", ""
+        return f"{value(short(one['median']))} {one['unit']} {one['against']}", ""
     if line.kind == _NUMBER:
-        return f"{value(_number(one['value']))} {one['unit'].replace('1/s', 'per second')}", ""
-    return _ms(one, value), f"{value(_number(one['p99_ms']))} ms"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return f"{value(short(one['value']))} {one['unit'].replace('1/s', 'per second')}", ""
+    return _ms(one, value), f"{value(short(one['p99_ms']))} ms"
 
 
 def _ms(entry: Entry | None, value: Value) -> str:
-    return _MISSING if entry is None else f"{value(_number(entry['p50_ms']))} ms"
-
-
-def _number(value: float) -> str:
-    """Three significant digits, never with an exponent."""
-    for limit, digits in ((100, 0), (10, 1), (1, 2)):
-        if abs(value) >= limit:
-            return f"{value:,.{digits}f}"
-    return f"{value:.3f}"
+    return _MISSING if entry is None else f"{value(short(entry['p50_ms']))} ms"
 
 
 # ---------------------------------------------------------------- README

@@ -42,6 +42,12 @@ class Scale:
     stream_each: int  # samples of a coroutine; a multiple of 4
     step_prompts: int  # of one step; a multiple of 16
     step_tokens: int  # of a response, at most
+    turns: int  # rounds of each comparison with and without a safety, after `warm_up` others
+    turn_calls: int  # small calls of one turn
+    connections: int  # new clients
+    kills: int  # of one process with so many samples in the queue
+    recovered_samples: tuple[int, ...]
+    checkpoints: int
 
 
 SCALES = {
@@ -79,6 +85,12 @@ SCALES = {
         stream_each=40,
         step_prompts=1024,
         step_tokens=4096,
+        turns=40,
+        turn_calls=100,
+        connections=300,
+        kills=20,
+        recovered_samples=(0, 10_000, 100_000),
+        checkpoints=5,
     ),
     "tiny": Scale(
         rounds=2,
@@ -114,5 +126,11 @@ SCALES = {
         stream_each=4,
         step_prompts=16,
         step_tokens=64,
+        turns=1,
+        turn_calls=4,
+        connections=2,
+        kills=1,
+        recovered_samples=(0, 128),
+        checkpoints=1,
     ),
 }

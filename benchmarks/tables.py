@@ -10,7 +10,7 @@ def text(record: dict[str, Any]) -> str:
     """Series, numbers, comparisons and peers, in tables of their own."""
     lines = [
         " · ".join([record["benchmark"], *(f"{key} {value}" for key, value in record["settings"].items())]),
-        f"commit {commit(record)} · {machine_line(record['machine'])}",
+        f"commit {commits(record)} · {machine_line(record['machine'])}",
         "",
         *_aligned([_HEADER, *map(_cells, record["measurements"])]),
     ]
@@ -29,6 +29,11 @@ def text(record: dict[str, Any]) -> str:
 
 def commit(record: dict[str, Any]) -> str:
     return f"{record['commit']} with changes" if record["changed"] else str(record["commit"])
+
+
+def commits(record: dict[str, Any]) -> str:
+    """Of all runs whose figures the record has."""
+    return ", ".join(sorted(set(record.get("commits", {}).values()))) or commit(record)
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -75,6 +80,19 @@ def _peer(record: dict[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def short(value: float) -> str:
+    """Three significant digits, never with an exponent."""
+    for limit, digits in ((100, 0), (10, 1), (1, 2)):
+        if abs(value) >= limit:
+            return f"{value:,.{digits}f}"
+    return f"{value:.3f}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:

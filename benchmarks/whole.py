@@ -37,11 +37,12 @@ PUT_TO_MEMCPY = 0.6  # aimed at
 
 @dataclass(frozen=True)
 class Way:
-    """How a reader reads: into memory of its own or through views, rows as they were put or at random."""
+    """How a reader reads: into memory of its own or through views, rows as they were put or at random, or verified."""
 
     name: str
     copy: bool = True
     shuffled: bool = False
+    verify: bool = False
 
 
 WAYS = (Way("copied"), Way("copy=False", copy=False), Way("copied, rows at random", shuffled=True))
@@ -98,7 +99,7 @@ class Reader:
         if way.shuffled:
             meta.reorder(order)
         times = [time.perf_counter()]
-        batch = self._client.get_data(meta, copy=way.copy)
+        batch = self._client.get_data(meta, copy=way.copy, verify=way.verify)
         times.append(time.perf_counter())
         checksums = batches.touch(batch)
         times.append(time.perf_counter())

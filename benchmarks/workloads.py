@@ -1,4 +1,4 @@
-"""What `kv` moves, by name."""
+"""What `kv` moves and what `safety` measures, by name."""
 
 from __future__ import annotations
 
@@ -10,4 +10,19 @@ WORKLOADS = {
     "drawn": "the dense samples, put in 8 calls, read 64 at a time out of order",
     "large": "one field of 2 GB and one above 4 GiB",
     "multimodal": "dicts of tensors and strings, one image shared by a group of 8",
+}
+
+SAFETY = "safety"  # the benchmark; its parts:
+PARTS = {
+    "journal": "small calls with a journal in shared memory, on a disk and without",
+    "journal-data": "whole batches with a journal in shared memory and without",
+    "connections": "new clients, and the proof of the token alone",
+    "encryption": "TCP with CURVE and without",
+    "checksums": "whole batches with checksums, verified or not, and without",
+    "leases": "consumers that acknowledge what they drew, and others",
+    "controller-idle": "from SIGKILL of the controller to the first call served",
+    "controller-loaded": "the same while others use the queue",
+    "unit-idle": "from SIGKILL of the storage unit to the first call served",
+    "unit-loaded": "the same while others use the queue",
+    "checkpoint": "save and load, and the pauses that others see",
 }
