@@ -317,4 +317,4 @@ class Handle:
 
 
 LeaseMachine.TestCase.settings = settings(max_examples=210, stateful_step_count=50, deadline=None)
-test_leases_do_what_the_model_does = LeaseMachine.TestCase
+test_leases_do_what_the_model_does = pytest.mark.timeout(300)(LeaseMachine.TestCase)  # 10 500 steps
