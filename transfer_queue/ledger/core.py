@@ -369,7 +369,7 @@ class Ledger:
             self.load(before)
             raise
         self._removing.drop_stale()  # this queue may have another window, and nobody has anything of it
-        self.blocks.free(np.setdiff1d(gone, new))
+        self.blocks.free(gone)
         self.serving.try_all_again()
         return sum(partition.live for partition in self._rows.partitions.values())
 

@@ -97,22 +97,29 @@ def test_a_forked_child_neither_writes_nor_keeps_the_lock(tmp_path: Path) -> Non
     """A worker that outlives the server does not stand in the way of the next one."""
     journal, _ = Journal.open(tmp_path, **SMALL)
     reader, writer = os.pipe()
+    told, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(writer)  # it ends with the parent's end of the pipe, whatever happens there
         try:
             journal.append(b"from the child")
         except JournalUnavailable:
             journal.close()
+            os.write(tell, b"x")
             os.read(reader, 1)  # lives on until the next journal was opened
             os._exit(0)
         os._exit(1)
-    journal.append(b"x")
-    journal.close()
-    assert recovered(tmp_path) == [b"x"]
-    os.write(writer, b"x")
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    os.close(reader)
-    os.close(writer)
+    try:
+        os.read(told, 1)
+        journal.append(b"x")
+        journal.close()
+        assert recovered(tmp_path) == [b"x"]
+    finally:
+        os.write(writer, b"x")
+        status = os.waitpid(child, 0)[1]
+        for end in (reader, writer, told, tell):
+            os.close(end)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_a_reserve_larger_than_a_segment_is_refused(tmp_path: Path) -> None:
