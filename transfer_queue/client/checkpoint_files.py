@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from transfer_queue.errors import CapacityExceeded, DecodeError, InvalidArgument, WrongType
 from transfer_queue.journal.aside import sync_tree
+from transfer_queue.journal.files import REAL_FILES
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Int64s: TypeAlias = NDArray[np.int64]
@@ -53,7 +54,7 @@ def replaced(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         fresh.rename(path)
-        _sync_folder(path.parent)
+        REAL_FILES.fsync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         take_back(path)
@@ -68,14 +69,6 @@ def take_back(path: Path) -> None:
     old = path.with_name(f"{path.name}.old")
     if not path.exists() and old.exists():
         old.rename(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- writing

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside their place, then renamed.
+"""Files that appear whole or not at all: written beside their place, then renamed.
 
 The order is that of every safe replacement: the content is written and synced, then the name is changed, then the
 folder that holds the name is synced. A process that dies on the way leaves a `.NAME.partial`, which `remove_partial`
@@ -8,7 +8,6 @@ takes away, and what had the name before stays.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,27 +46,6 @@ def write_aside(path: Path, *, sync: bool = True, files: Files = REAL_FILES) -> 
         files.fsync_folder(path.parent)
 
 
-@contextmanager
-def write_folder_aside(path: Path, *, sync: bool = True, files: Files = REAL_FILES) -> Iterator[Path]:
-    """Yield an empty folder (0700) that becomes `path` when the block ends well; its files are synced here.
-
-    `path` must not exist, except as an empty folder. If the block or a step after it raises, nothing has changed.
-    """
-    partial = partial_path(path)
-    remove_partial(path)
-    partial.mkdir(mode=0o700)
-    try:
-        yield partial
-        if sync:
-            sync_tree(partial, files)
-        files.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if sync:
-        files.fsync_folder(path.parent)
-
-
 def remove_partial(path: Path) -> bool:
     """Remove what a writer of `path` that died has left; return whether there was something."""
     partial = partial_path(path)
@@ -75,8 +53,6 @@ def remove_partial(path: Path) -> bool:
         partial.unlink()
     except FileNotFoundError:
         return False
-    except IsADirectoryError:
-        shutil.rmtree(partial)
     return True
 
 

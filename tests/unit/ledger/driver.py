@@ -214,7 +214,7 @@ class Driver:
         for unit, order in self.shadow.blocks.take_orders():
             self.shadow.blocks.confirm(unit, order.sequence)
         self.compared += 1
-        if self.compared < 50 or self.compared % 500 == 0:  # the states of long runs are large
+        if self.compared < 400 or self.compared % 500 == 0:  # the states of long runs are large
             differences = list(differ(self.ledger.state(), self.shadow.state()))
             assert not differences, str(differences)[:500]
 
