@@ -46,6 +46,7 @@ class QueueUnderTest:
     """Controller and units in processes with tripwires, started again without limit, and a client to look at them."""
 
     def __init__(self, control: Path, conf: dict[str, Any]) -> None:
+        self._others = set(_own_folders())  # of a session that this process has beside this one
         self.control = control
         self._patches = ExitStack()
         self._patches.enter_context(mock.patch.dict(os.environ, {CONTROL: str(control)}))
@@ -152,7 +153,7 @@ class QueueUnderTest:
         self.runtime.close()
         self._patches.close()
         alive = [f"process of {name}" for name, process in pids.items() if process is not None and is_alive(process)]
-        return alive + [str(path) for path in _own_folders()]
+        return alive + [str(path) for path in _own_folders() if path not in self._others]
 
     def _light_beacons(self) -> dict[str, Any]:
         """A sample at each unit, by the unit's name, so that a read is a call to it."""
