@@ -39,7 +39,7 @@ def dump_table(table: RowTable) -> State:
             "consumed": task.consumed.copy(),
             "reserved": task.reserved.copy(),
             "returns": [(row, list(clients)) for row, clients in task.returns.items()],
-            "again": _array(task.again),
+            "again": _members(task.again),
         }
         for name, task in sorted(table.tasks.items())
         if not task.blank  # a task that only asked so far is known to the accounts of its partitions
@@ -129,7 +129,7 @@ def dump_partition(partition: Partition) -> State:
         "indexes": partition.indexes[: partition.length].copy(),
         "inserted": partition.inserted,
         "groups": [(one.group_id, one.number, one.expected, one.ordinals, one.sealed) for one in groups.values()],
-        "aborted_groups": list(groups.aborted),
+        "aborted_groups": sorted(groups.aborted, key=lambda group: (isinstance(group, str), group)),
         "next_group": groups.next_number,
         "holes": groups.holes,
         "fields": [
@@ -141,7 +141,7 @@ def dump_partition(partition: Partition) -> State:
             for task, known in partition.accounts.items()
         ],
         "dropped": dict(partition.dropped),
-        "lost": [(name, _array(rows)) for name, rows in partition.lost.items()],
+        "lost": [(name, _members(rows)) for name, rows in partition.lost.items()],
         "quarantined": [dict(one) for one in partition.quarantined],
         "stale": [(by, list(counts.items())) for by, counts in partition.stale.items()],
     }
@@ -188,7 +188,7 @@ def dump_blocks(blocks: BlockBook) -> State:
         "cells": _array(blocks.cells.values()),
         "rows": _array(rows for rows, _ in known),
         "put": _array(cells for _, cells in known),
-        "aborted": _array(blocks.aborted),
+        "aborted": _members(blocks.aborted),
         "orders": [
             (
                 unit,
@@ -240,7 +240,7 @@ def dump_assignments(assignments: Assignments, numbered: Numbered) -> State:
             for (partition, task), book in sorted(assignments.by_task.items(), key=lambda entry: entry[0])
             for assignment in book.values()
         ],
-        "turns": [(*key, turns.count, _array(turns.returned)) for key, turns in assignments.turns.items()],
+        "turns": [(*key, turns.count, _members(turns.returned)) for key, turns in assignments.turns.items()],
         "cleared": [(task, list(known)) for task, known in sorted(assignments.cleared.items(), key=lambda one: one[0])],
     }
 
@@ -269,7 +269,7 @@ def dump_assignment(made: Assignment) -> State:
         "consumed": made.consumed,
         "held": tuple(made.held),
         "deliveries": list(made.deliveries.items()),
-        "ranks": [_array(made.broken), _array(made.done), _array(made.acked)],
+        "ranks": [_members(made.broken), _members(made.done), _members(made.acked)],
         "tokens": [list(made.leased.items()), list(made.tokens.items())],
     }
 
@@ -388,6 +388,11 @@ def _split_fields(split: Split) -> tuple[Any, ...]:
 
 def _array(values: Any) -> Int64s:
     return np.fromiter(values, dtype=np.int64)
+
+
+def _members(values: set[int]) -> Int64s:
+    """Equal sets give equal arrays: the order of a set depends on how it came about."""
+    return _array(sorted(values))
 
 
 def _own(array: NDArray[Any]) -> NDArray[Any]:
