@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from transfer_queue import environment
 from transfer_queue.errors import InvalidArgument, UnknownName, WrongType, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ RUNTIMES = ("auto", "embedded", "processes", "ray")
 TRANSPORTS = ("auto", "tcp")
 LAYOUTS = ("as_put", "jagged", "dense")
 BACKENDS = ("SimpleStorage",)
+BACKENDS_ELSEWHERE = ("RayStore", "MooncakeStore", "Yuanrong")  # of libraries with the same import name
 
+_WHERE = ("runtime", "address", "namespace", "attach_timeout_s")
+_PLAIN = (str, int, float, bool, type(None))
 _LEAST_SLACK_BYTES = 16 << 20
 
 
@@ -54,13 +58,19 @@ class Settings:
     attach_timeout_s: float
     transport: str
     layout: str
+    strict: bool
     allow_pickle: bool
+    polling_mode: bool
+    get_meta_timeout_s: float
+    metrics_enabled: bool
+    metrics_port: int
     sampler: Any
     global_batch_size: int | None
     num_global_batch: int
     num_n_samples: int
     host: str
     num_units: int | None
+    required_node_resource: str | None
     capacity_bytes: int | None
     arena_bytes: int
     journal_enabled: bool
@@ -68,6 +78,18 @@ class Settings:
     limits: Limits
     encrypt: bool
     checksums: bool
+
+    @property
+    def client(self) -> dict[str, Any]:
+        """What clients of the session do unless told otherwise, by the names of `TransferQueueClient`'s arguments."""
+        return {
+            "layout": self.layout,
+            "strict": self.strict,
+            "allow_pickle": self.allow_pickle,
+            "polling_mode": self.polling_mode,
+            "get_meta_timeout_s": self.get_meta_timeout_s,
+            "checksums": self.checksums,
+        }
 
     @property
     def ledger(self) -> dict[str, Any]:
@@ -94,41 +116,98 @@ def merged(conf: DictConfig | Mapping[str, Any] | None) -> DictConfig:
     defaults: Any = OmegaConf.to_container(OmegaConf.create(text))
     given = _plain(conf)
     _warn_unknown(defaults, given, "")
-    return OmegaConf.create(_laid_over(defaults, given), flags={"allow_objects": True})
+    laid = _laid_over(defaults, given)
+    laid["layout"] = environment.text("TQ_LAYOUT") or laid["layout"]  # of who starts the queue, for all that attach
+    return OmegaConf.create(laid, flags={"allow_objects": True})
+
+
+def layout_in_force(asked: str | None, default: str) -> str:
+    """The layout of one call: what it asks for, else TQ_LAYOUT of this process, else the default of the queue."""
+    if asked is not None:
+        return known_layout(asked)
+    override = environment.text("TQ_LAYOUT")
+    return known_layout(default) if override is None else known_layout(override, "TQ_LAYOUT")
+
+
+def known_layout(value: Any, source: str = "layout") -> str:
+    """Return the value if it is a layout, else raise `UnknownName` with where it came from and the known ones."""
+    return _one_of(source, value, LAYOUTS)
+
+
+def as_json(conf: DictConfig) -> dict[str, Any]:
+    """The configuration as JSON has it: objects are there as they describe themselves, endpoints are left out."""
+    plain = _plain(conf)
+    plain["controller"].pop("zmq_info", None)
+    text = json.dumps(plain, default=lambda value: getattr(value, "__name__", None) or repr(value))
+    known: dict[str, Any] = json.loads(text)
+    return known
+
+
+def differences(asked: DictConfig | Mapping[str, Any] | None, live: DictConfig) -> list[tuple[str, Any, Any]]:
+    """(key, asked, live) where plain values differ, but for the keys that only say where to look for a queue."""
+    return list(_differences(_plain(asked), _plain(live), ""))
+
+
+def _differences(asked: Mapping[str, Any], live: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, Any]]:
+    for key, value in asked.items():
+        there = live.get(key)
+        if isinstance(value, Mapping):
+            yield from _differences(value, there if isinstance(there, Mapping) else {}, f"{path}{key}.")
+        elif path + key not in _WHERE and isinstance(value, _PLAIN) and isinstance(there, _PLAIN) and value != there:
+            yield path + key, value, there
 
 
 def settings(conf: DictConfig) -> Settings:
     """Check the values; each error names the key."""
-    backend = conf.backend.storage_backend
-    if backend not in BACKENDS:
-        raise UnknownName(f"backend.storage_backend: unknown backend {backend!r}{nearest(str(backend), BACKENDS)}")
-    for name in ("journal", "limits", "security"):
+    backend = _backend(conf.backend.storage_backend)
+    for name in ("journal", "limits", "metrics", "security"):
         if not isinstance(conf[name], Mapping):
             raise InvalidArgument(f"{name} must be a section of keys, not {conf[name]!r}")
     storage, controller = conf.backend[backend], conf.controller
-    limits = _limits(conf.limits)
+    limits = _limits(conf.limits, _optional(f"backend.{backend}.total_storage_size", storage.total_storage_size))
     return Settings(
         runtime=_one_of("runtime", conf.runtime, RUNTIMES),
-        address=conf.address if conf.address is not None else os.environ.get("TQ_ADDRESS"),
+        address=conf.address if conf.address is not None else environment.text("TQ_ADDRESS"),
         namespace=conf.namespace,
         attach_timeout_s=_positive("attach_timeout_s", conf.attach_timeout_s, float),
         transport=_one_of("transport", conf.transport, TRANSPORTS),
-        layout=_one_of("layout (or TQ_LAYOUT)", os.environ.get("TQ_LAYOUT", conf.layout), LAYOUTS),
+        layout=known_layout(conf.layout, "layout (or TQ_LAYOUT)"),
+        strict=_flag("strict", conf.strict),
         allow_pickle=_flag("allow_pickle", conf.allow_pickle),
+        polling_mode=_flag("controller.polling_mode", controller.polling_mode),
+        get_meta_timeout_s=environment.seconds("TQ_CONTROLLER_GET_METADATA_TIMEOUT")
+        or _positive("controller.get_meta_timeout_s", controller.get_meta_timeout_s, float),
+        metrics_enabled=_flag("metrics.enabled", conf.metrics.enabled),
+        metrics_port=_port("metrics.port", conf.metrics.port),
         sampler=controller.sampler,
         global_batch_size=_optional("controller.global_batch_size", controller.global_batch_size),
         num_global_batch=_positive("controller.num_global_batch", controller.num_global_batch, int),
         num_n_samples=_positive("controller.num_n_samples", controller.num_n_samples, int),
         host=controller.host,
         num_units=_optional(f"backend.{backend}.num_data_storage_units", storage.num_data_storage_units),
+        required_node_resource=_text_or_none(
+            f"backend.{backend}.required_node_resource", storage.required_node_resource, "name"
+        ),
         capacity_bytes=_capacity(f"backend.{backend}.capacity_bytes", storage.capacity_bytes, limits),
         arena_bytes=_positive(f"backend.{backend}.arena_bytes", storage.arena_bytes, int),
         journal_enabled=_flag("journal.enabled", conf.journal.enabled),
-        journal_path=_text_or_none("journal.path", conf.journal.path),
+        journal_path=_text_or_none("journal.path", conf.journal.path, "path"),
         limits=limits,
         encrypt=_flag("security.encrypt", conf.security.encrypt),
         checksums=_flag("checksums", conf.checksums),
     )
+
+
+def _backend(name: Any) -> str:
+    if name in BACKENDS_ELSEWHERE:
+        raise UnknownName(
+            f"backend.storage_backend: this library has no adapter for {name!r}; leave it at {BACKENDS[0]!r}, which "
+            "keeps rows in shared memory"
+        )
+    if name not in BACKENDS:
+        known = (*BACKENDS, *BACKENDS_ELSEWHERE)
+        raise UnknownName(f"backend.storage_backend: unknown backend {name!r}{nearest(str(name), known)}")
+    return str(name)
 
 
 def _capacity(name: str, value: Any, limits: Limits) -> int | None:
@@ -138,13 +217,18 @@ def _capacity(name: str, value: Any, limits: Limits) -> int | None:
     return limits.total_bytes + max(limits.total_bytes // 10, _LEAST_SLACK_BYTES)
 
 
-def _limits(conf: Any) -> Limits:
-    """Every limit a positive number of samples or bytes; one within another must not exceed it."""
+def _limits(conf: Any, total_rows: int | None) -> Limits:
+    """Every limit a positive number of samples or bytes; one within another must not exceed it.
+
+    `total_rows` is another name of `total_samples`; of both, the smaller counts.
+    """
     most = conf["max_staleness"]
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
         raise InvalidArgument(f"limits.max_staleness must be an int of at least 0, not {most!r}")
     positive = [field.name for field in fields(Limits) if field.name != "max_staleness"]
-    limits = Limits(**{name: _optional(f"limits.{name}", conf[name]) for name in positive}, max_staleness=most)
+    given = {name: _optional(f"limits.{name}", conf[name]) for name in positive}
+    given["total_samples"] = min(filter(None, (given["total_samples"], total_rows)), default=None)
+    limits = Limits(**given, max_staleness=most)
     for unit in ("bytes", "samples"):
         total = getattr(limits, f"total_{unit}")
         for part in ("partition", "producer"):
@@ -201,15 +285,21 @@ def _positive(name: str, value: Any, kind: type[Any]) -> Any:
     return kind(value)
 
 
+def _port(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 16:
+        raise InvalidArgument(f"{name} must be a port, or 0 for any, not {value!r}")
+    return value
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidArgument(f"{name} must be true or false, not {value!r}")
     return value
 
 
-def _text_or_none(name: str, value: Any) -> str | None:
+def _text_or_none(name: str, value: Any, what: str) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
-        raise InvalidArgument(f"{name} must be a path or null, not {value!r}")
+        raise InvalidArgument(f"{name} must be a {what} or null, not {value!r}")
     return value
 
 

@@ -5,13 +5,16 @@
     ├── WrongType (TypeError)               an argument of the wrong type
     ├── NotInitialized (AssertionError)     init or attach first
     ├── UnknownName (LookupError, ValueError)  no such field, sampler, backend or key; lists the known ones
+    │   └── KeyNotFound (KeyError)          no sample has this key
     ├── DeadlineExceeded (TimeoutError)     a request, attach or start took too long; says of what
     │   └── GetMetaTimeout                  not enough samples became ready in time; says what is missing
+    ├── PartitionSealed (ValueError)        new samples for a partition whose last ones were put
     ├── CapacityExceeded                    limits of samples or bytes; says by how much
     ├── InsufficientSamples (ValueError)    a sampler cannot serve from what is ready
     ├── SamplerError                        a sampler raised or returned rows it may not hand out
     ├── StaleSampleError (KeyError)         the handle is older than a clear
     ├── LeaseExpired                        acknowledged or written too late
+    ├── BlockLost                           a put whose bytes the storage unit does not have any more
     ├── EncodeError                         a value that cannot be stored; names field, row and type
     ├── DecodeError                         bytes that are not what they should be
     ├── ConnectionLost (ConnectionError)    the peer is gone or this end was closed
@@ -73,12 +76,20 @@ class UnknownName(TransferQueueError, LookupError, ValueError):
     """A name that nothing answers to. The message lists the known ones and the nearest."""
 
 
+class KeyNotFound(UnknownName, KeyError):
+    """No sample of the partition has this key. `details["keys"]` lists those that are missing."""
+
+
 class DeadlineExceeded(TransferQueueError, TimeoutError):
     """A request, attach or start took longer than its deadline."""
 
 
 class GetMetaTimeout(DeadlineExceeded):
     """Not enough samples became ready in time; the message says what is missing."""
+
+
+class PartitionSealed(TransferQueueError, ValueError):
+    """The last samples of the partition were put; it takes no new ones."""
 
 
 class CapacityExceeded(TransferQueueError):
@@ -99,6 +110,10 @@ class StaleSampleError(TransferQueueError, KeyError):
 
 class LeaseExpired(TransferQueueError):
     """The lease ended before the call; nothing was written."""
+
+
+class BlockLost(TransferQueueError):
+    """The storage unit does not have the bytes of this put any more; nothing was changed: put again."""
 
 
 class EncodeError(TransferQueueError):

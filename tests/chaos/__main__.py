@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.faults import BY_NAME, FAULTS
-from tests.chaos.run import run
+from tests.chaos.run import run, summary
 from tests.chaos.steps import every_step
 from tests.chaos.zygote import Zygote
 
@@ -23,18 +23,34 @@ def main() -> int:
     parser.add_argument("--faults", default="", help="parts of names, separated by commas; default: all")
     parser.add_argument("--runtime", default="processes", choices=["processes"])
     parser.add_argument("--json", type=Path, help="write the summary here")
-    parser.add_argument("--keep", type=Path, default=Path("/tmp/tq-chaos-failed"), help="logs of rounds that failed")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path("/tmp/tq-chaos-failed"),
+        help="folder for the evidence of rounds that failed, one folder each",
+    )
     parser.add_argument("--steps", action="store_true", help="first kill every process at every step of each operation")
     arguments = parser.parse_args()
     wanted = [part for part in arguments.faults.split(",") if part]
     faults = [fault for fault in FAULTS if not wanted or any(part in fault.name for part in wanted)]
     if not faults:
         parser.error(f"no fault is called like that; there are: {', '.join(BY_NAME)}")
-    steps = _steps() if arguments.steps else {"kills": [], "violations": []}
-    found = run(arguments.minutes, arguments.seed, faults, arguments.keep, _say) | {"steps": steps}
-    found["violations"] += steps["violations"]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    steps: dict[str, Any] = {"kills": [], "violations": []}
+
+    def save(found: dict[str, Any]) -> None:
+        """Write what was found so far, so that nothing is lost if the run is ended."""
+        if arguments.json:
+            partial = arguments.json.with_name(f"{arguments.json.name}.new")
+            whole = found | {"steps": steps, "violations": found["violations"] + steps["violations"]}
+            partial.write_text(json.dumps(whole, indent=1))
+            partial.rename(arguments.json)
+
+    if arguments.steps:
+        steps = _steps()
+        save(summary(arguments.seed, 0.0, []))
+    found = run(arguments.minutes, arguments.seed, faults, arguments.keep, _say, save) | {"steps": steps}
+    save(found)
+    found["violations"] = found["violations"] + steps["violations"]
     _say(table(found))
     return bool(found["violations"])
 
@@ -57,13 +73,14 @@ def table(found: dict[str, Any]) -> str:
                 f"{entry['beyond_restart_p50_s']} s, {entry['beyond_restart_p99_s']} s"
             )
     lines.append(f"{found['rounds']} rounds, {found['minutes']} minutes, seed {found['seed']}: {found['counts']}")
+    lines += [f"evidence: {folder}" for folder in found["evidence"]]
     lines += [f"VIOLATION {violation}" for violation in found["violations"]]
     return "\n".join(lines)
 
 
 def _steps() -> dict[str, Any]:
     with Zygote() as zygote:
-        return every_step(zygote).as_plain()
+        return every_step(zygote, tell=_say).as_plain()
 
 
 def _say(text: str) -> None:

@@ -46,12 +46,14 @@ class Operation:
     act       (client, place, what `prepare` returned)
     check     (client, place, acknowledged) returns DONE or NOT_DONE, and leaves everything settled; raises `Violated`
     may_fail  it may raise because a server died, and then was not done
+    files     the client writes or renames files in it
     """
 
     prepare: Callable[[TransferQueueClient, Place], Any]
     act: Callable[[TransferQueueClient, Place, Any], Any]
     check: Callable[[TransferQueueClient, Place, bool], str]
     may_fail: bool = False
+    files: bool = False
 
 
 def completed(client: TransferQueueClient, function: Callable[[], Any]) -> Any:
@@ -207,6 +209,6 @@ OPERATIONS = {
     "draw": Operation(_put, _draw, _check_draw),
     "ack": Operation(_put_and_draw, _ack, _check_ack),
     "clear": Operation(_put, _clear, _check_clear),
-    "save a checkpoint": Operation(_put_and_save, _save, _check_save, may_fail=True),
+    "save a checkpoint": Operation(_put_and_save, _save, _check_save, may_fail=True, files=True),
     "load a checkpoint": Operation(_put_save_and_clear, _load, _check_load, may_fail=True),
 }

@@ -1,4 +1,6 @@
-"""Between clients and a server: passes messages of `wire.stream` on, and on demand not as they are.
+"""Between clients and a server: passes on what comes, and on demand not as it is.
+
+Through a Unix socket it passes messages of `wire.stream`, and the fault meets one of them:
 
     drop        a message is lost, the connection lives
     duplicate   a message comes twice
@@ -7,6 +9,15 @@
     truncate    a message is cut in the middle, then the connection breaks
     cut         the connection breaks between two messages
 
+Through TCP it passes bytes, whose order and number TCP itself guarantees; what can happen to them is:
+
+    drop        from some moment on all bytes of a connection are lost, which stays open (a network that was parted)
+    duplicate   what a connection has sent so far comes again, over a second one (somebody replays it)
+    delay       a connection stands still for a while
+    split       bytes come one by one
+    truncate    the connection breaks in the middle of what is sent
+    cut         the connection breaks between two sendings
+
 It runs in a thread of its own, so that a test arms it by calling `arm`.
 """
 
@@ -14,9 +25,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import struct
 import threading
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +39,26 @@ from transfer_queue.messages import UnitInfo
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.peer import AnyPeer
-from transfer_queue.wire.ports import unix_address, unix_path
+from transfer_queue.wire.ports import is_unix_address, tcp_address, unix_address, unix_path
 
-KINDS = ("drop", "duplicate", "reorder", "delay", "truncate", "cut")
+UNIX, TCP = "unix", "tcp"
+KINDS = {
+    UNIX: ("drop", "duplicate", "reorder", "delay", "truncate", "cut"),
+    TCP: ("drop", "duplicate", "delay", "split", "truncate", "cut"),
+}
 UP, DOWN = "up", "down"  # to the server, from the server
 
 _HELD_S = 0.5
 _DELAY_S = 1.0
+_REPLAYED_S = 2.0
+_HOST = "127.0.0.1"
+_MOST_BYTES = 1 << 16  # of what is taken for one sending
+_SINGLE = 400  # bytes of a sending that come one by one, the headers of messages among them
+_MOST_KEPT = 1 << 18  # of the beginning of a connection, to be replayed
 _COUNT = struct.Struct("<I")
+
+Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Dial = Callable[[], Awaitable[Ends]]
 
 
 class ProxyConnector(SocketConnector):
@@ -49,11 +75,23 @@ class ProxyConnector(SocketConnector):
         return self._through(info.unit_id, client_id)
 
     def _through(self, name: str, client_id: str) -> AnyPeer:
-        return Peer.at(unix_address(str(self._folder / name)), token=self._info.token, client_id=client_id)
+        port = self._folder / f"{name}.port"
+        address = tcp_address(_HOST, int(port.read_text())) if port.exists() else unix_address(str(self._folder / name))
+        return Peer.at(address, token=self._info.token, client_id=client_id)
+
+
+@dataclass
+class _Connection:
+    """One that is passed on. `sent`: the beginning of what went up; `lost`: its bytes arrive nowhere any more."""
+
+    name: str
+    dial: Dial
+    sent: bytearray = field(default_factory=bytearray)
+    lost: bool = False
 
 
 class Proxy:
-    """One listening socket for each server. `servers`: their addresses by name."""
+    """One listening socket for each server. `servers`: their addresses by name, `unix:` or `tcp:`."""
 
     def __init__(self, folder: Path, servers: dict[str, str]) -> None:
         self._folder = folder
@@ -73,7 +111,7 @@ class Proxy:
         self.close()
 
     def arm(self, kind: str, server: str, direction: str, number: int) -> Future[str]:
-        """Do this to the `number`-th message from now of one direction; the result tells that it was done."""
+        """Do this to the `number`-th message (TCP: sending) from now of one direction; the result: it was done."""
         done: Future[str] = Future()
         self._loop.call_soon_threadsafe(self._set, (kind, server, direction, number, done))
         return done
@@ -94,8 +132,17 @@ class Proxy:
 
     async def _listen(self) -> None:
         for name, address in self._servers.items():
-            handle = self._accepting(unix_path(address), name)
-            self._listeners.append(await asyncio.start_unix_server(handle, self._folder / name))
+            if is_unix_address(address):
+                dial = functools.partial(asyncio.open_unix_connection, unix_path(address))
+                accept = self._accepting(name, dial, self._pump)
+                self._listeners.append(await asyncio.start_unix_server(accept, self._folder / name))
+                continue
+            host, _, port = address.removeprefix("tcp://").rpartition(":")
+            dial = functools.partial(asyncio.open_connection, host.strip("[]"), int(port))
+            accept = self._accepting(name, dial, self._pump_bytes)
+            self._listeners.append(await asyncio.start_server(accept, _HOST, 0))
+            own_port = self._listeners[-1].sockets[0].getsockname()[1]
+            (self._folder / f"{name}.port").write_text(str(own_port))
 
     async def _end(self) -> None:
         for listener in self._listeners:
@@ -105,22 +152,23 @@ class Proxy:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
 
-    def _accepting(self, path: str, name: str) -> Any:
+    def _accepting(self, name: str, dial: Dial, pump: Any) -> Any:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
             self._pumps.add(task)
             ends = [writer]
+            connection = _Connection(name, dial)
             try:
-                server_reader, server_writer = await asyncio.open_unix_connection(path)
+                server_reader, server_writer = await dial()
                 ends.append(server_writer)
-                both = [self._pump(reader, server_writer, name, UP), self._pump(server_reader, writer, name, DOWN)]
-                pumps = [asyncio.ensure_future(pump) for pump in both]
+                both = [pump(reader, server_writer, connection, UP), pump(server_reader, writer, connection, DOWN)]
+                pumps = [asyncio.ensure_future(one) for one in both]
                 try:
                     await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    for pump in pumps:
-                        pump.cancel()
+                    for one in pumps:
+                        one.cancel()
                     await asyncio.gather(*pumps, return_exceptions=True)
             except (OSError, asyncio.CancelledError):
                 pass
@@ -131,12 +179,14 @@ class Proxy:
 
         return accept
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, name: str, direction: str) -> None:
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, connection: _Connection, direction: str
+    ) -> None:
         held: list[bytes] = []
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
                 message = await _message(source, _HELD_S if held else None)
-                fault = self._due(name, direction) if message else None
+                fault = self._due(connection.name, direction) if message else None
                 if fault == "reorder":
                     held.append(message)
                     continue
@@ -146,6 +196,40 @@ class Proxy:
                     sink.write(late)
                 held.clear()
                 await sink.drain()
+
+    async def _pump_bytes(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, connection: _Connection, direction: str
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(_MOST_BYTES):
+                if direction == UP and len(connection.sent) < _MOST_KEPT:
+                    connection.sent += data
+                fault = self._due(connection.name, direction)
+                connection.lost |= fault == "drop"
+                if connection.lost:
+                    continue
+                if fault == "duplicate":
+                    self._replay(connection)
+                if not await _pass_on_bytes(data, sink, fault):
+                    return
+                await sink.drain()
+
+    def _replay(self, connection: _Connection) -> None:
+        """Send what the connection has sent so far over another one, whose answers go nowhere."""
+
+        async def replay() -> None:
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                reader, writer = await connection.dial()
+                try:
+                    writer.write(bytes(connection.sent))
+                    await writer.drain()
+                    await asyncio.wait_for(reader.read(-1), _REPLAYED_S)
+                finally:
+                    writer.transport.abort()
+
+        task = asyncio.ensure_future(replay())
+        self._pumps.add(task)
+        task.add_done_callback(self._pumps.discard)
 
     def _due(self, name: str, direction: str) -> str | None:
         if self._plan is None or self._plan[1:3] != (name, direction):
@@ -177,16 +261,30 @@ async def _pass_on(message: bytes, sink: asyncio.StreamWriter, fault: str | None
             return True
         case "duplicate":
             sink.write(message + message)
+        case _:
+            return await _pass_on_bytes(message, sink, fault)
+    return True
+
+
+async def _pass_on_bytes(data: bytes, sink: asyncio.StreamWriter, fault: str | None) -> bool:
+    """As `_pass_on`, for faults that a stream of bytes can have too."""
+    match fault:
         case "delay":
             await asyncio.sleep(_DELAY_S)
-            sink.write(message)
+            sink.write(data)
+        case "split":
+            for at in range(len(data[:_SINGLE])):
+                sink.write(data[at : at + 1])
+                await sink.drain()
+                await asyncio.sleep(0.0005)
+            sink.write(data[_SINGLE:])
         case "truncate":
-            sink.write(message[: max(len(message) // 2, 1)])
+            sink.write(data[: max(len(data) // 2, 1)])
             await sink.drain()
             await asyncio.sleep(0)
             return False
         case "cut":
             return False
         case _:
-            sink.write(message)
+            sink.write(data)
     return True

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +17,15 @@ from unittest import mock
 import torch
 
 from tests.chaos.armed import CONTROL
+from tests.chaos.clock import CLOCK
 from transfer_queue import TransferQueueClient
 from transfer_queue.config import merged, settings
 from transfer_queue.errors import StaleSampleError
-from transfer_queue.messages import UNIT_SHIFT
+from transfer_queue.messages import UNIT_SHIFT, GetUnitStats, Report
 from transfer_queue.runtime import supervisor
 from transfer_queue.runtime.processes import ProcessesRuntime
 from transfer_queue.runtime.supervisor import Child
+from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.holders import identify, is_alive
 
 WAIT_S = 60.0
@@ -45,12 +47,13 @@ def wait_until(holds: Callable[[], Any], what: str, wait_s: float = WAIT_S) -> N
 class QueueUnderTest:
     """Controller and units in processes with tripwires, started again without limit, and a client to look at them."""
 
-    def __init__(self, control: Path, conf: dict[str, Any]) -> None:
+    def __init__(self, control: Path, conf: dict[str, Any], said: Path | None = None) -> None:
+        """`said`: a file for what the servers say; None: they say it where this process does."""
         self._others = set(_own_folders())  # of a session that this process has beside this one
         self.control = control
         self._patches = ExitStack()
-        self._patches.enter_context(mock.patch.dict(os.environ, {CONTROL: str(control)}))
-        self._patches.enter_context(mock.patch.object(supervisor, "subprocess", _armed_subprocess()))
+        self._patches.enter_context(mock.patch.dict(os.environ, {CONTROL: str(control), CLOCK: "1"}))
+        self._patches.enter_context(mock.patch.object(supervisor, "subprocess", _armed_subprocess(said)))
         try:
             self.runtime = ProcessesRuntime(settings(merged({"runtime": "processes", **conf})))
         except BaseException:
@@ -124,10 +127,7 @@ class QueueUnderTest:
 
     def arm(self, name: str, kind: str, number: int) -> None:
         """The server kills itself at the `number`-th step of this kind from now."""
-        path = self.control / f"trip-{name}"
-        partial = path.with_suffix(".new")
-        partial.write_text(json.dumps({"kind": kind, "number": number}))
-        partial.rename(path)
+        _replace(self.control / f"trip-{name}", {"kind": kind, "number": number})
 
     def disarm(self, name: str) -> bool:
         """Return whether it had not come to that."""
@@ -143,6 +143,40 @@ class QueueUnderTest:
             path.touch()
         else:
             path.unlink(missing_ok=True)
+
+    def fail_writes(self, name: str, number: int | None) -> None:
+        """The unit raises at the `number`-th request to write from now, and at all later ones; None: no more."""
+        path = self.control / f"fail-{name}"
+        if number is None:
+            path.unlink(missing_ok=True)
+        else:
+            _replace(path, {"kind": "write", "number": number})
+
+    # ------------------------------------------------------------ bytes
+
+    def figures(self) -> dict[str, dict[str, int]]:
+        """How each unit uses its bytes, by its name."""
+        found = {}
+        for info in self.client.storage_infos().values():
+            peer = Peer.at(info.local_address, token=self.runtime.info.token, client_id="figures")
+            try:
+                reply = peer.begin(GetUnitStats()).result(20.0)
+                assert isinstance(reply, Report)
+                found[info.id] = dict(reply.entries)
+            finally:
+                peer.close()
+        return found
+
+    def held_bytes(self, wait_s: float = 20.0) -> dict[str, int]:
+        """Clear everything; return the bytes that units still count as used after a while, by their names."""
+        for partition in self.client.get_partition_list():
+            self.client.clear_partition(partition)
+        deadline = time.monotonic() + wait_s
+        while True:
+            held = {name: found["bytes_live"] + found["bytes_pinned"] for name, found in self.figures().items()}
+            if not any(held.values()) or time.monotonic() > deadline:
+                return held
+            time.sleep(0.1)
 
     # ------------------------------------------------------------ the end
 
@@ -170,6 +204,12 @@ class QueueUnderTest:
         return found
 
 
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".new")
+    partial.write_text(json.dumps(content))
+    partial.rename(path)
+
+
 def _own_folders() -> list[Path]:
     """What this process, or servers that it started, have in shared memory now; nothing of other runs beside it."""
     found = []
@@ -181,11 +221,13 @@ def _own_folders() -> list[Path]:
     return found
 
 
-def _armed_subprocess() -> Any:
+def _armed_subprocess(said: Path | None) -> Any:
     """The module `subprocess` as the supervisor sees it, which starts the armed main of a server."""
 
     class Popen(subprocess.Popen[bytes]):
         def __init__(self, arguments: list[str], **kwargs: Any) -> None:
-            super().__init__([_ARMED_MAIN if part == _USUAL_MAIN else part for part in arguments], **kwargs)
+            armed = [_ARMED_MAIN if part == _USUAL_MAIN else part for part in arguments]
+            with said.open("ab") if said is not None else nullcontext() as errors:
+                super().__init__(armed, stderr=errors, **kwargs)
 
     return SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)

@@ -29,6 +29,7 @@ from transfer_queue.errors import (
     ConnectionLost,
     DeadlineExceeded,
     LeaseExpired,
+    RemoteError,
     StaleSampleError,
 )
 from transfer_queue.metadata import BatchMeta, ZMQServerInfo
@@ -43,7 +44,7 @@ STOP, STOP_PRODUCING = "stop", "stop-producing"
 _DRAW_S = 0.5
 _LAST_DRAW_S = 0.05  # once nothing more comes, the other partition may be the one with samples
 _PAUSE_S = 0.3  # of the cleaner
-_EXPECTED = (ConnectionLost, DeadlineExceeded, LeaseExpired)
+_EXPECTED = (ConnectionLost, DeadlineExceeded, LeaseExpired, RemoteError)  # the judge knows when each may be
 _REFUSED_S = 0.05  # until the next try, where there was no room
 
 
@@ -74,6 +75,15 @@ class Order:
         return f"{self.role}-{self.number}-{self.life}"
 
 
+def client_of(order: Order) -> TransferQueueClient:
+    """Return a client as the order says."""
+    info = ZMQServerInfo.from_record(order.controller)
+    connector = None if order.proxy is None else ProxyConnector(info, order.proxy)
+    return TransferQueueClient(
+        order.name, info, transport=order.transport, checksums=order.checksums, connector=connector
+    )
+
+
 class Worker:
     """What all roles have: a logged client, the same random choices for the same order, and an end."""
 
@@ -81,11 +91,7 @@ class Worker:
         self.order = order
         self.random = random.Random(f"{order.seed} {order.name}")
         self.log = SideLog(Path(order.logs) / f"{order.name}.log")
-        info = ZMQServerInfo.from_record(order.controller)
-        connector = None if order.proxy is None else ProxyConnector(info, order.proxy)
-        self.client = TransferQueueClient(
-            order.name, info, transport=order.transport, checksums=order.checksums, connector=connector
-        )
+        self.client = client_of(order)
         self.caller = Caller(self.client, self.log)
 
     def run(self) -> None:
@@ -156,6 +162,11 @@ class Worker:
         except StaleSampleError:
             self.settle("ack", meta, task)
             raise LeaseExpired("the lease was good, though its rows are gone") from None
+
+
+def work(order: Order) -> None:
+    """Take a role in this process."""
+    Worker(order).run()
 
 
 def sequences_of(meta: BatchMeta) -> list[int]:

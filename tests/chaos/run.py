@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
+import queue as queues
 import random
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.chaos.faults import FAULTS, Fault, Scene
-from tests.chaos.judge import Verdict, judge
-from tests.chaos.proxy import Proxy
+from tests.chaos.judge import judge
+from tests.chaos.operations import Violated
+from tests.chaos.proxy import TCP, UNIX, Proxy
 from tests.chaos.queue_under_test import QueueUnderTest
+from tests.chaos.record import Disturbance, Record
 from tests.chaos.workload import Workload
 from tests.chaos.zygote import Zygote
+from transfer_queue.errors import TransferQueueError
+
+BROKE_OFF = (TransferQueueError, Violated, OSError, AssertionError, LookupError, ValueError, queues.Empty)
+"""What a round may die of, so that it counts as a violation and the next round begins."""
 
 ROUND_S = 45.0
+SAMPLES = 400  # of a partition that may be there at once
 
 _LEASE_S = 4.0
 _LONGEST_PAUSE_S = 1.5  # between the recovery from one fault and the next fault
-_SAMPLES = 400  # of a partition that may be there at once
 
 
 @dataclass
 class Round:
-    """What came of one round."""
+    """What came of one round. `evidence`: the folder where that of its violations was kept."""
 
     seed: int
     setting: dict[str, Any]
@@ -38,89 +47,128 @@ class Round:
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    disturbances: list[Disturbance] = field(default_factory=list)
+    audit: dict[str, Any] = field(default_factory=dict)
+    evidence: str = ""
 
 
-def run_round(seed: int, faults: Sequence[Fault], seconds: float, zygote: Zygote, keep: Path | None = None) -> Round:
-    """Run one session for about so many seconds of faults. `keep`: a folder for the logs of a round that failed."""
+def run_round(
+    seed: int,
+    faults: Sequence[Fault],
+    seconds: float,
+    zygote: Zygote,
+    keep: Path | None = None,
+    *,
+    samples: int = SAMPLES,
+) -> Round:
+    """Run one session for about so many seconds of faults.
+
+    samples  how many a partition has room for; what is there in the end takes its time to be consumed
+    keep     a folder for the evidence of a round that failed, in a folder of its own: the logs of all, what the
+             servers said, the round with its faults, and the last audit
+    """
     chance = random.Random(f"{seed} round")
-    setting = _setting(chance, faults)
-    result = Round(seed, setting)
+    result = Round(seed, _setting(chance, faults) | {"samples": samples})
     began = time.monotonic()
     with TemporaryDirectory(prefix="tq-chaos-") as name:
         folder = Path(name)
         for part in ("control", "logs", "proxy", "journal"):
             (folder / part).mkdir()
-        verdict = _in_session(result, folder, chance, faults, seconds, zygote)
-        result.violations += verdict.violations
-        result.counts = verdict.counts
+        try:
+            record = _in_session(result, folder, chance, faults, seconds, zygote)
+            verdict = judge(record)
+            result.violations += verdict.violations
+            result.counts = verdict.counts
+            result.audit = record.audit
+        except BROKE_OFF:
+            result.violations.append(f"the round broke off: {traceback.format_exc()}")
+        result.seconds = time.monotonic() - began
         if result.violations and keep is not None:
             _keep(folder / "logs", keep / f"seed-{seed}", result)
-    result.seconds = time.monotonic() - began
     return result
 
 
 def _in_session(
     result: Round, folder: Path, chance: random.Random, faults: Sequence[Fault], seconds: float, zygote: Zygote
-) -> Verdict:
-    setting = result.setting
-    queue = QueueUnderTest(folder / "control", _conf(setting, folder))
-    proxy: Proxy | None = None
-    try:
-        if setting["proxy"]:
-            units = queue.client.storage_infos().values()
-            servers = {"controller": queue.runtime.info.local_address} | {info.id: info.local_address for info in units}
-            proxy = Proxy(folder / "proxy", servers)
-        workload = Workload(
-            zygote,
-            queue,
-            folder / "logs",
-            result.seed,
-            proxy=str(folder / "proxy") if proxy else None,
-            lease_s=_LEASE_S,
-            timeout_s=5.0 if proxy else 20.0,
-            transport=setting["transport"],
-            checksums=setting["checksums"],
-        )
+) -> Record:
+    queue = QueueUnderTest(folder / "control", _conf(result.setting, folder), folder / "logs" / "servers.txt")
+    left: list[str] = []
+    with ExitStack() as stack:
+        stack.callback(lambda: left.extend(queue.close()))
+        proxy = _proxy(result.setting, queue, folder / "proxy")
+        if proxy is not None:
+            stack.callback(proxy.close)
+        workload = _workload(result, queue, folder, zygote)
+        stack.callback(workload.abandon)
         workload.start()
         scene = Scene(queue, workload, proxy, chance, _LEASE_S, result.recoveries)
         _inject(result, scene, faults, seconds)
         injected = time.monotonic()
         record = workload.finish(workload.drain())
         result.drain_s = round(time.monotonic() - injected, 1)
-    finally:
-        if proxy is not None:
-            proxy.close()
-        left = queue.close()
     record.left = left
-    record.full_disk = any("full disk" in name for name, _ in result.outcomes)
-    return judge(record)
+    record.disturbances = result.disturbances
+    return record
+
+
+def _proxy(setting: dict[str, Any], queue: QueueUnderTest, folder: Path) -> Proxy | None:
+    info, units = queue.runtime.info, queue.client.storage_infos().values()
+    if setting["proxy"] == UNIX:
+        return Proxy(folder, {"controller": info.local_address} | {unit.id: unit.local_address for unit in units})
+    if setting["proxy"] == TCP:
+        addresses = {unit.id: unit.to_addr("request") for unit in units}
+        return Proxy(folder, {"controller": info.to_addr("request")} | addresses)
+    return None
+
+
+def _workload(result: Round, queue: QueueUnderTest, folder: Path, zygote: Zygote) -> Workload:
+    setting = result.setting
+    return Workload(
+        zygote,
+        queue,
+        folder / "logs",
+        result.seed,
+        proxy=str(folder / "proxy") if setting["proxy"] else None,
+        lease_s=_LEASE_S,
+        timeout_s=5.0 if setting["proxy"] else 20.0,
+        transport=setting["transport"],
+        checksums=setting["checksums"],
+    )
 
 
 def _inject(result: Round, scene: Scene, faults: Sequence[Fault], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    usable = [fault for fault in faults if scene.proxy is not None or not fault.needs_proxy]
+    setting = result.setting
+    usable = [one for one in faults if one.through in (None, setting["proxy"]) and one.units <= setting["units"]]
     order = [fault for _ in range(50) for fault in scene.random.sample(usable, len(usable))]
     for fault in order:
         if time.monotonic() > deadline:
             return
         time.sleep(scene.random.uniform(0.0, _LONGEST_PAUSE_S))
+        began = time.monotonic()
         try:
             outcome = fault.inject(scene)
-        except TimeoutError as error:
-            result.violations.append(f"no recovery from {fault.name!r}: {error}")
+        except (TimeoutError, TransferQueueError, Violated) as error:
+            result.violations.append(f"{fault.name!r} did not end well: {type(error).__name__}: {error}")
             outcome = "stuck"
         result.outcomes.append((fault.name, outcome))
+        result.disturbances.append(Disturbance(fault.name, began, time.monotonic(), fault.allows, fault.whom))
 
 
 def _setting(chance: random.Random, faults: Sequence[Fault]) -> dict[str, Any]:
-    """How the session of a round is configured."""
-    proxy = any(fault.needs_proxy for fault in faults) and (
-        chance.random() < 0.5 or all(fault.needs_proxy for fault in faults)
-    )
+    """How the session of a round is configured, so that at least one of the faults can be injected."""
+    least_units = min(fault.units for fault in faults)
+    kinds = sorted({fault.through for fault in faults if fault.through is not None})
+    through = [*kinds, *([None] * max(len(kinds), 1) if any(fault.through is None for fault in faults) else [])]
+    proxy = chance.choice(through)
+    if proxy is None:
+        transport = chance.choice(["auto", "auto", "tcp"])
+    else:
+        transport = "tcp" if proxy == TCP else "auto"
     return {
-        "units": chance.choice([1, 1, 2]),
+        "units": chance.choice([least_units, 2]),
         "proxy": proxy,
-        "transport": "auto" if proxy else chance.choice(["auto", "auto", "tcp"]),
+        "transport": transport,
         "checksums": chance.random() < 0.3,
         "journal": chance.choice(["memory", "memory", "disk"]),
     }
@@ -132,7 +180,7 @@ def _conf(setting: dict[str, Any], folder: Path) -> dict[str, Any]:
         "backend": {"SimpleStorage": storage},
         "checksums": setting["checksums"],
         "controller": {"num_n_samples": 2},
-        "limits": {"partition_samples": _SAMPLES},
+        "limits": {"partition_samples": setting["samples"]},
         "journal": {"path": str(folder / "journal") if setting["journal"] == "disk" else None},
     }
 
@@ -141,27 +189,43 @@ def _keep(logs: Path, target: Path, result: Round) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in logs.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
-    (target / "round.json").write_text(json.dumps(vars(result), indent=1))
+    disturbances = [vars(one) | {"allows": sorted(one.allows)} for one in result.disturbances]
+    (target / "round.json").write_text(json.dumps(vars(result) | {"disturbances": disturbances}, indent=1))
+    result.evidence = str(target)
 
 
 # ---------------------------------------------------------------- many rounds
 
 
-def run(minutes: float, seed: int, faults: Sequence[Fault], keep: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Run rounds for so long; return the summary that the table and the matrix are made of."""
+def run(
+    minutes: float,
+    seed: int,
+    faults: Sequence[Fault],
+    keep: Path,
+    tell: Callable[[str], None],
+    save: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Run rounds for so long; return the summary that the table and the matrix are made of.
+
+    A violation ends nothing. `tell` gets progress in words; `save` gets the summary of what was run so far after each
+    round.
+    """
     began = time.monotonic()
     rounds: list[Round] = []
+    found = summary(seed, 0.0, rounds)
     with Zygote() as zygote:
         while (left_s := 60.0 * minutes - (time.monotonic() - began)) > 0:
-            number = len(rounds)
-            done = run_round(seed * 1000 + number, faults, min(ROUND_S, left_s), zygote, keep)
+            done = run_round(seed * 1000 + len(rounds), faults, min(ROUND_S, left_s), zygote, keep)
             rounds.append(done)
-            tell(f"round {done.seed}: {len(done.outcomes)} faults in {done.seconds:.0f} s "
-                 f"(drained in {done.drain_s:.0f} s), {done.setting}, "
-                 f"{len(done.violations)} violations")  # fmt: skip
+            passed_s = time.monotonic() - began
+            tell(f"{passed_s / 60:.1f} of {minutes:g} minutes, round {done.seed}: {len(done.outcomes)} faults in "
+                 f"{done.seconds:.0f} s (drained in {done.drain_s:.0f} s), {done.setting}, "
+                 f"{len(done.violations)} violations{f', see {done.evidence}' if done.evidence else ''}")  # fmt: skip
             for violation in done.violations[:10]:
                 tell(f"  {violation}")
-    return summary(seed, time.monotonic() - began, rounds)
+            found = summary(seed, passed_s, rounds)
+            save(found)
+    return found
 
 
 def summary(seed: int, seconds: float, rounds: Sequence[Round]) -> dict[str, Any]:
@@ -188,6 +252,7 @@ def summary(seed: int, seconds: float, rounds: Sequence[Round]) -> dict[str, Any
         "recovery": {server: _recovery(server, rounds) for server in ("controller", "unit")},
         "counts": dict(sorted(counts.items())),
         "violations": [f"seed {each.seed}: {violation}" for each in rounds for violation in each.violations],
+        "evidence": [each.evidence for each in rounds if each.evidence],
     }
 
 

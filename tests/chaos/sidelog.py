@@ -7,6 +7,7 @@ processes of a host share.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -19,17 +20,20 @@ OK = "ok"
 
 
 class SideLog:
-    """Appends events to a file of this process; every line is one write, so a kill can only cut the last one."""
+    """Appends events to a file of this process; every line is one write, so a kill can only cut the last one.
+
+    Several threads may write at once.
+    """
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._calls = 0
+        self._numbers = itertools.count(1)
 
     def begin(self, op: str, timeout_s: float, **facts: Any) -> int:
         """Note that a call is made; return its number."""
-        self._calls += 1
-        self._write({"call": self._calls, "op": op, "began": time.monotonic(), "timeout_s": timeout_s, **facts})
-        return self._calls
+        number = next(self._numbers)
+        self._write({"call": number, "op": op, "began": time.monotonic(), "timeout_s": timeout_s, **facts})
+        return number
 
     def end(self, call: int, outcome: str, **facts: Any) -> None:
         self._write({"call": call, "outcome": outcome, "ended": time.monotonic(), **facts})

@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.chaos.actor import CLIENT_KINDS
+from tests.chaos.actor import CLIENT_KINDS, FILE_KINDS
 from tests.chaos.armed import KINDS
 from tests.chaos.operations import DONE, OPERATIONS, Place, Violated, completed
 from tests.chaos.queue_under_test import QueueUnderTest, wait_until
@@ -23,7 +23,6 @@ from tests.chaos.roles import Order
 from tests.chaos.zygote import Zygote
 from transfer_queue import TransferQueueClient
 from transfer_queue.errors import TransferQueueError
-from transfer_queue.messages import GetUnitStats
 
 VICTIMS = ("client", "controller", "unit-0")
 
@@ -43,19 +42,22 @@ class StepReport:
         return {"kills": rows, "violations": self.violations}
 
 
-def every_step(zygote: Zygote, operations: list[str] | None = None) -> StepReport:
-    """All steps of all operations, of all three processes."""
-    combinations = [
-        (name, victim, kind)
-        for name in operations or OPERATIONS
-        for victim in VICTIMS
-        for kind in (CLIENT_KINDS if victim == "client" else KINDS)
-    ]
+def every_step(
+    zygote: Zygote, operations: list[str] | None = None, tell: Callable[[str], None] = lambda text: None
+) -> StepReport:
+    """All steps of all operations, of all three processes; `tell` gets progress in words."""
+    pairs = [(name, victim) for name in operations or OPERATIONS for victim in VICTIMS]
     with Bench(zygote) as bench:
-        for name, victim, kind in combinations:
-            for number in range(1, _MOST_STEPS):
-                if not bench.trial(name, victim, kind, number):
-                    break
+        for name, victim in pairs:
+            before, bad = bench.report.kills.total(), len(bench.report.violations)
+            for kind in _kinds(name, victim):
+                for number in range(1, _MOST_STEPS):
+                    if not bench.trial(name, victim, kind, number):
+                        break
+            kills, violations = bench.report.kills.total() - before, bench.report.violations[bad:]
+            tell(f"{name}: {victim} killed at {kills} steps, {len(violations)} violations")
+            for violation in violations:
+                tell(f"  {violation}")
         return bench.report
 
 
@@ -76,7 +78,13 @@ def _random_steps(seed: int) -> Iterator[tuple[str, str, str, int]]:
     pairs = [(name, victim) for name in OPERATIONS for victim in VICTIMS]
     while True:
         for name, victim in chance.sample(pairs, len(pairs)):
-            yield name, victim, chance.choice(CLIENT_KINDS if victim == "client" else KINDS), chance.randint(1, 4)
+            yield name, victim, chance.choice(_kinds(name, victim)), chance.randint(1, 4)
+
+
+def _kinds(name: str, victim: str) -> tuple[str, ...]:
+    if victim != "client":
+        return KINDS
+    return CLIENT_KINDS + (FILE_KINDS if OPERATIONS[name].files else ())
 
 
 class Bench:
@@ -113,6 +121,7 @@ class Bench:
         try:
             reached, acknowledged = run(name, victim, kind, number, place)
             outcome = operation.check(self._queue.client, place, acknowledged)
+            self._queue.client.clear_partition(place.partition)
         except (Violated, TransferQueueError, TimeoutError, AssertionError, KeyError) as error:
             self.report.violations.append(f"{where}: {type(error).__name__}: {error}")
             return True
@@ -120,7 +129,6 @@ class Bench:
             self.report.kills[name, victim, outcome] += 1
         elif outcome != DONE:
             self.report.violations.append(f"{where}: not done, though nobody was killed")
-        self._queue.client.clear_partition(place.partition)
         return reached
 
     def _server_dies(self, name: str, victim: str, kind: str, number: int, place: Place) -> tuple[bool, bool]:
@@ -172,12 +180,11 @@ class Bench:
 
     def _check_space(self) -> None:
         """What dead clients had begun to write is free again."""
-        self._queue.first_call("unit-0")
         try:
+            self._queue.first_call("unit-0")
             wait_until(lambda: self._bytes_live() <= self._live_bytes, "the space of dead clients comes back", 20.0)
-        except TimeoutError as error:
-            self.report.violations.append(f"{error}: {self._bytes_live()} bytes, {self._live_bytes} at first")
+        except (TimeoutError, TransferQueueError) as error:
+            self.report.violations.append(f"{error} ({self._live_bytes} bytes at first)")
 
     def _bytes_live(self) -> int:
-        client = self._queue.client
-        return int(client._core.transfer.units.get(1).peer.begin(GetUnitStats()).result(20.0).entries["bytes_live"])
+        return self._queue.figures()["unit-0"]["bytes_live"]

@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from tests.chaos.caller import Caller
-from tests.chaos.judge import Record
 from tests.chaos.queue_under_test import WAIT_S, QueueUnderTest, wait_until
+from tests.chaos.record import Record
 from tests.chaos.roles import PARTITIONS, RANKS, SLICE, STOP, STOP_PRODUCING, TASKS, Order, put_rows, sequences_of
 from tests.chaos.samples import SCORE, damaged
 from tests.chaos.sidelog import OK, SideLog, read_all, read_life
@@ -46,6 +48,7 @@ class Workload:
         self._options = options
         self._orders: dict[tuple[str, int], Order] = {}
         self._pids: dict[str, int] = {}
+        self._beside: list[int] = []
         self._driver_log = SideLog(folder / "driver-0-0.log")
         self._driver_log.note("start", lease_s=0.0)
         self._caller = Caller(queue.client, self._driver_log)
@@ -88,6 +91,35 @@ class Workload:
         for order in orders:
             os.kill(self._pids[order.name], signal.SIGCONT)
 
+    def stop_everything(self, stop_s: float, meanwhile: Callable[[], None]) -> None:
+        """Stop the servers and everybody else for a while, but for this process; call `meanwhile` in this time."""
+        orders = list(self._orders.values())
+        for order in orders:
+            self.stopped[order.name] = self.stopped.get(order.name, 0.0) + stop_s
+        pids = [child.pid for child in self.queue.runtime.children] + [self._pids[order.name] for order in orders]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            meanwhile()
+            time.sleep(stop_s)
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def run_beside(self, role: str, number: int) -> None:
+        """Run a process that is no part of the crew to its end."""
+        order = self._order(role, number, None, None)
+        pid = self._zygote.start(order)
+        self._beside.append(pid)
+        wait_until(lambda: pid in self._zygote.ended, f"the end of {order.name}", 4 * WAIT_S)
+
+    def abandon(self) -> None:
+        """Kill whoever still runs, after the round broke off."""
+        for pid in {*self._pids.values(), *self._beside} - set(self._zygote.ended):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: pid in self._zygote.ended, f"the end of process {pid}")  # noqa: B023
+
     def drain(self) -> dict[str, Any]:
         """Let the producers end, wait until every task has consumed everything; return the last audit."""
         self._touch(STOP_PRODUCING)
@@ -112,7 +144,10 @@ class Workload:
         crashed = [path.read_text() for path in sorted(self._logs.glob("*.error"))]
         lives = read_all(self._logs)
         proxied = {name for name in lives if self._proxy and _is_proxied(*name.split("-")[:2])}
-        return Record(lives, self.killed, self.stopped, audit, live, crashed=crashed, proxied=proxied)
+        record = Record(lives, self.killed, self.stopped, audit, live, crashed=crashed, proxied=proxied)
+        record.units = self.queue.figures()
+        record.held = self.queue.held_bytes()
+        return record
 
     # ------------------------------------------------------------ inside
 
@@ -213,4 +248,4 @@ class Workload:
 
 def _is_proxied(role: str, number: int | str) -> bool:
     """Half of the crew; not the cleaner, whose questions wait for a minute if they get lost."""
-    return int(number) % 2 == 0 and role != "cleaner"
+    return role in CREW and int(number) % 2 == 0 and role != "cleaner"

@@ -20,7 +20,11 @@ from queue import Queue
 from typing import Any
 
 from tests.chaos.actor import act
-from tests.chaos.roles import Order, Worker
+from tests.chaos.clock import CLOCK, arm_clock
+from tests.chaos.forking import fork_in_calls
+from tests.chaos.roles import Order, work
+
+ENTRIES = {"actor": act, "forker": fork_in_calls}  # all other roles: `work`
 
 _ROOT = Path(__file__).parents[2]
 _WAIT_S = 60.0
@@ -38,7 +42,7 @@ class Zygote:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what a process dies of is in a file beside its log
             cwd=_ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, CLOCK: "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )
         self._thread = threading.Thread(target=self._listen, name="chaos zygote", daemon=True)
         self._thread.start()
@@ -114,10 +118,8 @@ def _fork(order: dict[str, Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)
         told = Order(**order)
-        if told.role == "actor":
-            act(told)
-        else:
-            Worker(told).run()
+        arm_clock(Path(told.control))
+        ENTRIES.get(told.role, work)(told)
         code = 0
     except BaseException:
         (Path(order["logs"]) / f"{Order(**order).name}.error").write_text(traceback.format_exc())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +18,20 @@ import pytest
 import torch
 
 from transfer_queue import TransferQueueClient
+from transfer_queue.client import checkpoint
 from transfer_queue.client.checkpoint_files import BLOCKS, INDEX, METADATA, STATE
+from transfer_queue.client.drivers import run
+from transfer_queue.client.steps import Call, Compute, Operation, Step
 from transfer_queue.config import merged, settings
-from transfer_queue.errors import CapacityExceeded, DecodeError, InvalidArgument, LeaseExpired, StaleSampleError
+from transfer_queue.errors import (
+    CapacityExceeded,
+    ConnectionLost,
+    DecodeError,
+    InvalidArgument,
+    LeaseExpired,
+    StaleSampleError,
+)
+from transfer_queue.messages import KeepCut
 from transfer_queue.runtime.embedded import EmbeddedRuntime
 
 Start = Callable[..., TransferQueueClient]
@@ -261,6 +276,93 @@ class TestInterrupted:
             client.save_checkpoint(blocked / "c")
         client.load_checkpoint(old)
         assert client.get_partition_list() == ["old"]
+
+
+class TestHeld:
+    """While the blocks of a cut are copied nothing of them is reused; a save that was not held all the time fails."""
+
+    @staticmethod
+    def meddled(operation: Operation[None], meddle: Callable[[Step | list[Call]], object]) -> Operation[None]:
+        """The same operation; `meddle` is told of each step before it is done."""
+        step = next(operation)
+        while True:
+            try:
+                meddle(step)
+                value = yield step
+            except BaseException as error:
+                send: Callable[[], Any] = functools.partial(operation.throw, error)
+            else:
+                send = functools.partial(operation.send, value)
+            try:
+                step = send()
+            except StopIteration:
+                return
+
+    @pytest.fixture
+    def saved(self, start: Start, tmp_path: Path) -> tuple[TransferQueueClient, Path]:
+        """A queue, and a checkpoint of an earlier state of it."""
+        client = start()
+        client.put({"x": torch.arange(2)}, partition_id="old")
+        client.save_checkpoint(tmp_path / "c")
+        for _ in range(3):
+            client.put({"x": torch.zeros(64, 20_000)}, partition_id="new")
+        return client, tmp_path / "c"
+
+    @pytest.mark.parametrize("how", ["it took too long", "the client was taken for dead"])
+    def test_a_cut_that_was_let_go_fails_the_save(self, saved: Any, how: str) -> None:
+        """With a typed error, whatever was copied by then; the older checkpoint is as it was."""
+        client, path = saved
+        service = client._core.controller._handler
+        copied = 0
+
+        def end(step: Any) -> None:
+            nonlocal copied
+            if isinstance(step, Compute):
+                copied += 1
+                if copied == 2:
+                    cuts = service._cuts
+                    assert cuts.end_overdue(math.inf) if how == "it took too long" else cuts.end_of(*cuts.clients())
+
+        with pytest.raises(LeaseExpired, match="not held any more"):
+            run(self.meddled(checkpoint.save_checkpoint(client._core, path), end))
+        assert copied > 2
+        assert [each.name for each in path.parent.iterdir()] == ["c"]
+        client.load_checkpoint(path)
+        assert client.get_partition_list() == ["old"]
+
+    def test_a_save_that_takes_long_renews_it(self, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each block takes a minute: twice as long in all as the cut is held at first."""
+        client, path = saved
+        service, now = client._core.controller._handler, [time.monotonic()]
+        clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+        monkeypatch.setattr("transfer_queue.client.checkpoint.time", clock)
+        monkeypatch.setattr(service, "_clock", lambda: now[0])
+        renewed = 0
+
+        def pass_time(step: Any) -> None:
+            nonlocal renewed
+            renewed += isinstance(step, Call) and isinstance(step.request, KeepCut)
+            if isinstance(step, Compute):
+                now[0] += 40.0
+                service.tick()
+                assert service._ledger.blocks.copied
+
+        run(self.meddled(checkpoint.save_checkpoint(client._core, path, timeout=1.0), pass_time))
+        assert renewed >= 4
+        client.load_checkpoint(path)
+        assert client.get_partition_list() == ["old", "new"]
+
+    def test_a_server_that_is_gone_is_no_full_disk(self, saved: Any) -> None:
+        """The error says what happened, although it is an `OSError` too."""
+        client, path = saved
+
+        def lose(step: Any) -> None:
+            if isinstance(step, Compute):
+                raise ConnectionLost("the storage unit is gone")
+
+        with pytest.raises(ConnectionLost, match="unit is gone"):
+            run(self.meddled(checkpoint.save_checkpoint(client._core, path), lose))
+        assert [each.name for each in path.parent.iterdir()] == ["c"]
 
 
 class TestDamaged:

@@ -19,10 +19,11 @@ import transfer_queue as tq
 from tests.integration.starting import TIMEOUT_S, folders, line_of, program, wait_until
 from transfer_queue.config import merged, settings
 from transfer_queue.errors import ConnectionLost, InvalidArgument, TransferQueueError
+from transfer_queue.journal.lock import FolderLock
 from transfer_queue.messages import ListPartitions
 from transfer_queue.runtime.endpoint import EndpointFile
 from transfer_queue.runtime.processes import ProcessesRuntime
-from transfer_queue.samplers import SequentialSampler
+from transfer_queue.samplers import GRPOSampler, SequentialSampler, as_sampler
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.folder import remove_abandoned
 from transfer_queue.wire.holders import identify
@@ -127,6 +128,45 @@ def test_what_dies_again_and_again_is_not_started_for_ever(caplog: pytest.LogCap
         runtime.close()
     assert caplog.messages == [f"unit-0 is {state}"]
     assert not before & folders()
+
+
+class TestWhatKeepsAServerFromStarting:
+    """Another process has its journal: the starts fail, and it comes back once that is over."""
+
+    @pytest.fixture
+    def runtime(self, tmp_path: Path) -> Iterator[ProcessesRuntime]:
+        runtime = start(journal={"path": str(tmp_path)})
+        yield runtime
+        runtime.close()
+
+    def occupy(self, runtime: ProcessesRuntime, folder: Path) -> FolderLock:
+        """Kill the controller and take its journal before its successor does."""
+        child = next(child for child in runtime.children if child.name == "controller")
+        lock = next(path for path in folder.rglob("lock"))
+        with child._lock:  # nothing starts meanwhile
+            os.kill(child.pid, signal.SIGKILL)
+            child._process.wait(TIMEOUT_S)
+            return FolderLock(lock.parent)
+
+    def test_it_is_tried_again_until_it_runs(self, runtime: ProcessesRuntime, tmp_path: Path) -> None:
+        """More often than a server may die, without counting as deaths; the state tells the last error."""
+        with tq.TransferQueueClient("c", runtime.info) as client:
+            client.put({"x": torch.arange(2)}, partition_id="p")
+            with contextlib.closing(self.occupy(runtime, tmp_path)):
+                wait_until(lambda: "2 starts failed" in status(runtime.address)["controller"]["state"])
+                assert "is in use by process" in status(runtime.address)["controller"]["state"]
+            wait_until(lambda: status(runtime.address)["controller"]["state"] == "running")
+            assert status(runtime.address)["controller"]["restarts"] == 1
+            assert client.get_partition_list() == ["p"]
+
+    def test_patience_ends(self, runtime: ProcessesRuntime, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """The error that ends it is the last one."""
+        next(child for child in runtime.children if child.name == "controller").starts.patience_s = 0.2
+        with caplog.at_level("ERROR"), contextlib.closing(self.occupy(runtime, tmp_path)):
+            wait_until(lambda: status(runtime.address)["controller"]["state"].startswith("not started again"))
+        state = status(runtime.address)["controller"]["state"]
+        assert "starts failed within 0 s, the last one with: controller:" in state and "is in use by process" in state
+        assert caplog.messages == [f"controller is {state}"]
 
 
 def test_a_controller_without_journal_is_not_started_again() -> None:
@@ -245,15 +285,23 @@ def test_a_server_that_cannot_start_says_why() -> None:
     assert folders() == before
 
 
-def test_samplers_are_named_or_imported() -> None:
-    """A class of a module is found by its name; an instance, or what only this program knows, is refused."""
-    runtime = start(controller={"sampler": SequentialSampler})
+@pytest.mark.parametrize("given", [SequentialSampler, GRPOSampler(2), lambda: GRPOSampler(2)])
+def test_samplers_are_imported(given: Any) -> None:
+    """A class of a module is found by its name, and so is that of an instance, with what the instance holds."""
+    runtime = start(controller={"sampler": given})
     with tq.TransferQueueClient("c", runtime.info) as client:
-        assert client.audit()["samplers"][""] == "SequentialSampler()"
+        assert client.audit()["samplers"][""] == repr(as_sampler(given))
     runtime.close()
-    for sampler in (SequentialSampler(), lambda: SequentialSampler().__class__()):
-        with pytest.raises(InvalidArgument, match="the controller imports its sampler"):
-            start(controller={"sampler": sampler})
+
+
+def test_a_sampler_that_only_this_program_knows_is_refused() -> None:
+    """The controller could not import its class."""
+
+    class Local(SequentialSampler):
+        pass
+
+    with pytest.raises(InvalidArgument, match="imports its sampler"):
+        start(controller={"sampler": Local})
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from tests.unit.asking_unit import Unit, block_of, ids
-from transfer_queue.messages import Int64s, Pinned, ProcessId, Reconciled, Reserved
+from transfer_queue.messages import Int64s, Pin, Pinned, ProcessId, Reconcile, Reconciled, Reserved
 from transfer_queue.storage.block import carve, fill_block
 from transfer_queue.storage.unit import UnitService
+from transfer_queue.wire.holders import process_id
 
 
 class Controller:
@@ -20,14 +21,24 @@ class Controller:
         self.committed: set[int] = set()
         self.cleared: dict[int, set[int]] = {}
         self.told: list[list[int]] = []  # the blocks of each question
+        self.lost: list[tuple[set[int], set[int]]] = []  # lost blocks and spans of each question
+        self.refused: set[int] = set()
 
-    def reconcile(self, blocks: Int64s) -> Reconciled:
+    def reconcile(self, question: Reconcile) -> Reconciled:
+        blocks = question.blocks
+        assert question.carvable is not None and question.lost is not None and question.lost_spans is not None
         self.told.append(sorted(blocks.tolist()))
+        self.lost.append((set(question.lost.tolist()), set(question.lost_spans.tolist())))
         used = self.committed.intersection(blocks.tolist())
+        ends = {end >> 16: end for end in question.carvable.tolist()}
+        others = sorted(self.committed - set(blocks.tolist()))
+        carved = [block for block in others if block >= ends.get(block >> 16, block + 1)]
+        used.update(carved)
         cleared = [(block, slot) for block in sorted(used) for slot in sorted(self.cleared.get(block, ()))]
         pairs = np.array(cleared, np.int64).reshape(-1, 2)
         return Reconciled(
-            committed=np.isin(blocks, ids(*used)).astype(np.int64),
+            committed=np.isin(blocks, ids(*used)).astype(np.int64) - np.isin(blocks, ids(*self.refused)),
+            carved=ids(*carved),
             cleared_blocks=pairs[:, 0],
             cleared_slots=pairs[:, 1],
         )
@@ -68,6 +79,12 @@ class ReturningUnit(Unit):
         block = self.put(values, holder, **options)
         self.controller.committed.add(block)
         return block
+
+    def pinned(self, block: int) -> Pinned:
+        """Pin a block for this process."""
+        found = self.ask(Pin(blocks=ids(block), holder=process_id()))
+        assert isinstance(found, Pinned)
+        return found
 
     def all_free(self) -> bool:
         stats = self.stats()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack
 
 from transfer_queue.client import columns
+from transfer_queue.config import LAYOUTS
 from transfer_queue.errors import EncodeError, InvalidArgument, UnknownName, WrongType
 from transfer_queue.storage.block import Directories, plan_block, write_block
 from transfer_queue.storage.gather import RowSet, gathered, pick
@@ -39,13 +39,12 @@ def read_back(
         everything += [(number, slot) for slot in range(count)]
     chosen = everything if rows is None else rows
     which, slots = np.array(chosen, np.int64).reshape(-1, 2).T.copy()
-    found = {}
-    for name in list(puts[0].keys()):
-        found[name] = []
+    found: dict[str, list[Any]] = {name: [] for name in list(puts[0].keys())}
+    for name, parts in found.items():
         for part in pick(name, RowSet(blocks, which, slots)):
             values = np.empty(part.size_bytes, np.uint8)
             part.copy_into(values)
-            found[name].append(gathered(part, values))
+            parts.append(gathered(part, values))
     return columns.decode(found, len(chosen), layout=layout, allow_pickle=allow_pickle)
 
 
@@ -196,7 +195,7 @@ def test_jagged_puts_stay_jagged_unless_told_otherwise(layout: str, dense: bool)
         assert found.is_nested != dense and [len(row) for row in found.unbind(0)] == [3, 3]
 
 
-@pytest.mark.parametrize("layout", columns.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_single_values_are_never_jagged(layout: str) -> None:
     """A field of single values per row is dense in every layout; rows of one value each have a dimension."""
     data = {"s": torch.arange(3), "v": torch.arange(3).reshape(3, 1)}
@@ -282,7 +281,7 @@ def test_values_come_back_equal_and_of_their_type(rows: list[Any], form: str) ->
     array[:] = rows if not any(isinstance(row, list | tuple) for row in rows) else None
     for position, row in enumerate(rows):
         array[position] = row
-    data: Mapping[str, Any] | TensorDict = {
+    data: Any = {
         "list": lambda: {"x": rows},
         "stack": lambda: TensorDict({"x": NonTensorStack(*(NonTensorData(data=row) for row in rows))}, [len(rows)]),
         "tensordict": lambda: TensorDict({"x": NonTensorData(data=rows)}, [len(rows)]),
@@ -318,7 +317,13 @@ def test_a_value_for_the_whole_batch_is_given_to_each_row() -> None:
     assert found["x"].tolist() == ["same"] * 3
     assert found["y"].tolist() == [[1, 2]] * 3
     assert found["z"].tolist() == [1, 2, 3]
-    assert read_back(TensorDict({"x": NonTensorData(data=[5])}, [1]))["x"].tolist() == [[5]]
+
+
+def test_the_value_of_a_batch_of_one_row_is_not_a_list_of_one() -> None:
+    """Alone it comes back as it stands; beside other rows it is one of their values."""
+    alone = TensorDict({"x": NonTensorData(data=[5])}, [1])
+    assert read_back(alone)["x"] == read_back({"x": NonTensorData(data=[5])})["x"] == [5]
+    assert read_back(alone, {"x": ["a", [6]]}, rows=[(1, 0), (0, 0), (1, 1)])["x"].tolist() == ["a", [5], [6]]
 
 
 def test_dicts_of_tensors_are_values_per_row() -> None:

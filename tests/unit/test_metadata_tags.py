@@ -74,7 +74,7 @@ def test_changes_count_from_the_last_time_they_were_sent() -> None:
     meta = fetched(2)
     held = meta.custom_meta
     meta.update_custom_meta([{"status": "done"}, {"deep": [1]}])
-    meta.mark_tags_sent()
+    meta.mark_tags_sent(meta.changed_tags())
     assert meta.changed_tags() == [None, None]
     assert meta.custom_meta[0]["status"] == "done"
     held[1]["deep"].append(2)

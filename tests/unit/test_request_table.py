@@ -158,8 +158,87 @@ def test_tables_are_bounded_in_clients() -> None:
     table = RequestTable(clients=2)
     for number in range(4):
         table.restore(f"c/{number}", 1, put(), put_done(number))
-    assert [client_id for client_id, *_ in table.dump()] == ["c/2", "c/3"]
-    assert [client_id for client_id, *_ in reloaded(table, clients=1).dump()] == ["c/3"]
+    assert [client_id for client_id, _, _, answers in table.dump() if answers] == ["c/2", "c/3"]
+    assert [client_id for client_id, _, _, answers in reloaded(table, clients=1).dump() if answers] == ["c/3"]
+
+
+class TestIdleClients:
+    """What a client asked that was not heard of for long is not known any more, but none of it runs again."""
+
+    @pytest.fixture
+    def later(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+        now = [1000.0]
+        monkeypatch.setattr("transfer_queue.wire.requests.time.monotonic", lambda: now[0])
+
+        def move(seconds: float) -> None:
+            now[0] += seconds
+
+        return move
+
+    @pytest.mark.parametrize("restarted", ["before", "after", "never"])
+    def test_a_request_that_was_answered_long_ago_is_refused(
+        self, later: Callable[[float], None], restarted: str
+    ) -> None:
+        """With a typed error, also after a restart; the requests that come next are served."""
+        table = RequestTable()
+        for number in (5, 6, 7):
+            answered(table, number)
+        if restarted == "before":
+            table = reloaded(table)
+        later(601.0)
+        answered(table, 1, client_id="c/2")
+        assert [client_id for client_id, *_, answers in table.dump() if answers] == ["c/2"]
+        if restarted == "after":
+            table = reloaded(table)
+        for number in (5, 7):
+            with pytest.raises(
+                ConnectionLost, match=f"outcome of request {number} of client 'c/1' is not known any more"
+            ):
+                table.find("c/1", number, 1)
+        answered(table, 8)
+        assert outcome(table, 8).indexes.tolist() == [8]
+        with pytest.raises(ConnectionLost):
+            table.find("c/1", 7, 1)
+
+    def test_a_client_whose_answers_made_room_for_others_is_refused_too(self) -> None:
+        """Also one of which only the floor was known."""
+        table = RequestTable(clients=1)
+        answered(table, 5, client_id="c/1")
+        assert table.find("c/2", 9, 9) is None
+        answered(table, 1, client_id="c/3")
+        for client_id, number in (("c/1", 5), ("c/2", 8)):
+            with pytest.raises(ConnectionLost):
+                table.find(client_id, number, 1)
+        assert table.find("c/2", 9, 9) is None
+
+    def test_who_waits_is_never_forgotten(self, later: Callable[[float], None]) -> None:
+        """However long, and however many others come."""
+        table = RequestTable(clients=2)
+        waiting = ticket(5, draw())
+        table.wait(waiting)
+        later(10_000.0)
+        for number in range(10):
+            answered(table, 1, client_id=f"other/{number}")
+        assert table.find("c/1", 5, 5) is waiting
+
+    def test_a_request_that_was_taken_back_may_run_again(self, later: Callable[[float], None]) -> None:
+        """Nothing of it was done."""
+        table = RequestTable()
+        made = ticket(5, draw())
+        table.wait(made)
+        table.answered(made, drawn(5))
+        table.withdraw("c/1", 5)
+        later(601.0)
+        answered(table, 1, client_id="c/2")
+        assert table.find("c/1", 5, 5) is None
+
+    def test_the_clients_of_which_that_is_remembered_are_bounded(self) -> None:
+        """Those that were forgotten last stay."""
+        table = RequestTable(clients=1, passed=2)
+        for number in range(5):
+            answered(table, 1, client_id=f"c/{number}")
+        for known in (table, reloaded(table, clients=1, passed=2)):
+            assert [client_id for client_id, *_ in known.dump()] == ["c/2", "c/3", "c/4"]
 
 
 def test_an_answer_that_comes_after_its_request_was_withdrawn_is_not_kept() -> None:

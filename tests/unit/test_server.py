@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import stat
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,8 +40,11 @@ from transfer_queue.messages import (
 )
 from transfer_queue.wire import desk
 from transfer_queue.wire.codec import encode_message
-from transfer_queue.wire.security import Kind
+from transfer_queue.wire.curve import CurveKeys
+from transfer_queue.wire.doors import Watch
+from transfer_queue.wire.security import Gate, Kind
 from transfer_queue.wire.server import Server
+from transfer_queue.wire.tcp import TcpDoor
 
 
 @pytest.fixture
@@ -109,6 +114,41 @@ def test_what_cannot_be_bound_is_named(handler: Recorder, server: Server, tmp_pa
     path, host, tcp_port, named = arguments[fault]
     with pytest.raises(ConnectionLost, match=named):
         Server(handler, TOKEN, local_path=path, tcp_host=host, tcp_port=tcp_port)
+
+
+@pytest.mark.parametrize("stage", ["busy port", "Strangers", "Watch.add", "curve"])
+def test_a_door_that_is_half_made_leaves_nothing(
+    handler: Recorder, server: Server, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever raises while it is made: no socket, no thread of ZeroMQ, no descriptor."""
+    watch, gate = Watch(), Gate(TOKEN)
+    port = int(server.address.rpartition(":")[2]) if stage == "busy port" else 0
+    curve = CurveKeys("no key", "no key") if stage == "curve" else None
+    before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    with monkeypatch.context() as patch:
+        if stage == "Strangers":
+            patch.setattr("transfer_queue.wire.strangers._EVENTS", "not a number")
+        elif stage == "Watch.add":
+            patch.setattr(watch, "add", _once(watch.add))
+        for _ in range(3):
+            with pytest.raises((ConnectionLost, OSError, TypeError, InvalidArgument, zmq.ZMQError)):
+                TcpDoor("127.0.0.1", port, watch, lambda channel, frames: None, gate, curve)
+            assert watch._ready == {}
+    assert (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))) == before
+    watch.close()
+
+
+def _once(function: Callable[..., None]) -> Callable[..., None]:
+    """The function fails every second time."""
+    calls: list[int] = []
+
+    def called(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            raise OSError("no memory for another descriptor")
+        function(*arguments)
+
+    return called
 
 
 def test_a_port_can_be_taken_over_at_once(handler: Recorder) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transfer_queue.runtime.supervisor import Restarts
+from transfer_queue.runtime.supervisor import Restarts, Starts
 
 
 def test_the_first_restart_is_at_once_and_later_ones_wait_longer() -> None:
@@ -22,3 +22,24 @@ def test_old_restarts_are_forgotten() -> None:
 def test_none_at_all() -> None:
     """What cannot go on where it was is not started again."""
     assert Restarts(most=0).next_pause_s(0.0) is None
+
+
+def test_failed_starts_are_tried_for_a_minute_with_longer_and_longer_pauses() -> None:
+    """They count apart from deaths; the last try comes when the patience ends, and the last error is known."""
+    starts, now, pauses = Starts(), 0.0, []
+    while (pause_s := starts.next_pause_s(f"port taken at {now:.1f}", now)) is not None:
+        pauses.append(pause_s)
+        now += pause_s + 0.25  # how long a start takes
+    assert pauses[:5] == [0.1, 0.2, 0.4, 0.8, 1.6]
+    assert pauses[:-1] == sorted(pauses[:-1]) and max(pauses) == 10.0
+    assert 60.0 <= now < 61.0
+    assert starts.failed == len(pauses) + 1 and starts.last_error == f"port taken at {now:.1f}"
+
+
+def test_a_start_that_succeeds_makes_patience_new() -> None:
+    """What goes wrong the next time has its own minute."""
+    starts = Starts(patience_s=60.0)
+    assert starts.next_pause_s("full", 0.0) == 0.1
+    starts.succeeded()
+    assert (starts.failed, starts.last_error) == (0, "")
+    assert starts.next_pause_s("full", 100.0) == 0.1

@@ -353,7 +353,7 @@ def test_units_may_come_and_go(here: Host) -> None:
     found = run(load(stranger, [place], ["x"], 5.0))
     assert columns.decode(found, 1)["x"].tolist() == [1.0]
     missing = located(9 << 48 | 1 << 16, 1, ("x",))
-    with pytest.raises(ConnectionLost, match=r"storage units \[9\]"):
+    with pytest.raises(StaleSampleError, match=r"storage units \[9\]"):
         run(load(stranger, [missing], ["x"], 5.0))
     here.list.infos.clear()
     newcomer = here.client()

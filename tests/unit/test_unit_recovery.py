@@ -137,11 +137,11 @@ def test_living_writers_go_on_while_the_unit_is_away(unit: ReturningUnit) -> Non
     unit.start()
     told = len(unit.controller.told)
 
-    def commit_more(blocks: Any) -> Any:
+    def commit_more(question: Any) -> Any:
         if len(unit.controller.told) == told:
             write_here(memory[at + second :], span.first_block + 2, rows(1, 100))
             unit.controller.committed.add(span.first_block + 2)
-        return unit.controller.reconcile(blocks)
+        return unit.controller.reconcile(question)
 
     unit.service.return_to(3, commit_more)
     assert len(unit.controller.told) == told + 1 and unit.service.lost_blocks == {}
@@ -230,7 +230,7 @@ def test_a_block_with_reused_bytes_is_served_once_its_cleared_rows_are_known(uni
         unit.begin(Reserve(size_bytes=100, holder=process_id(), timeout_s=5.0)),
     ]
     with pytest.raises(ConnectionLost):
-        unit.service.return_to(3, lambda blocks: (_ for _ in ()).throw(ConnectionLost("no controller")))
+        unit.service.return_to(3, lambda question: (_ for _ in ()).throw(ConnectionLost("no controller")))
     assert [answer.replies for answer in waiting] == [[], []]
     unit.service.return_to(3, unit.controller.reconcile)
     pinned = waiting[0].result()

@@ -15,6 +15,7 @@ import pytest
 
 from tests.unit.asking_unit import MIB, Unit, block_of, free, ids, rows
 from transfer_queue.errors import (
+    BlockLost,
     CapacityExceeded,
     ConnectionLost,
     InvalidArgument,
@@ -132,7 +133,7 @@ def test_the_deadline_of_a_reservation_holds_when_the_dead_cannot_be_found(
     def fails(holder: ProcessId) -> bool:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr("transfer_queue.storage.unit.is_alive", fails)
+    monkeypatch.setattr("transfer_queue.storage.reaping.is_alive", fails)
     with pytest.raises(OSError, match="too many open files"):
         unit.turn(5.1)
     with pytest.raises(CapacityExceeded):
@@ -201,7 +202,7 @@ def test_writes_stay_inside_their_span(unit: Unit) -> None:
         with pytest.raises(InvalidArgument, match="do not fit"):
             unit.ask(Write(span=span.span, offset=offset, frames=(b"x" * 1000,)))
     unit.tell(ReturnSpan(span=span.span))
-    with pytest.raises(InvalidArgument, match="not lent any more"):
+    with pytest.raises(BlockLost, match="not lent any more"):
         unit.ask(Write(span=span.span, offset=0, frames=(b"x",)))
 
 

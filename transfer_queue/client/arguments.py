@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.metadata import BatchMeta
 
 Tags: TypeAlias = "Sequence[Mapping[str, Any] | None]"
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 60.0
 
@@ -60,6 +62,13 @@ def mapping_of(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise WrongType(f"{what} must be a dict, not {value!r}")
     return dict(value or {})
+
+
+def one_of(name: str, value: T | None, other_name: str, other: T | None) -> T | None:
+    """The one of two names of the same argument that was given."""
+    if value is not None and other is not None:
+        raise InvalidArgument(f"{name} and {other_name} are two names of one argument: give one of them")
+    return other if value is None else value
 
 
 def names_of(what: str, names: Sequence[str], distinct: bool = True) -> tuple[str, ...]:

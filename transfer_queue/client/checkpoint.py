@@ -33,6 +33,7 @@ from transfer_queue.messages import (
     Done,
     EndCut,
     Int64s,
+    KeepCut,
     Pin,
     Pinned,
     ReadBlock,
@@ -45,6 +46,7 @@ from transfer_queue.wire.peer import AnyPeer
 
 DEFAULT_TIMEOUT_S = 600.0
 
+_HOLD_S = 60.0  # at least, between two renewals
 _FRAME_BYTES = 8 << 20
 
 
@@ -60,19 +62,24 @@ def save_checkpoint(
     Partitions, samples, keys, tags, groups, consumption, data-parallel draws in progress, sampler state and counters
     belong to the same moment; a put that is under way is wholly in it or out. Draws and puts go on meanwhile, but what
     is cleared is reused only afterwards. A checkpoint that is there already stays until the new one is complete.
-    `metadata` is the caller's, and must be what JSON can hold. `timeout` is 600 s by default.
+    `metadata` is the caller's, and must be what JSON can hold. `timeout` (600 s by default) is for each answer of the
+    queue, and for writing one block; a save that goes on takes as long as it needs.
 
-    Raises `CapacityExceeded` if the disk is full, with an older checkpoint as it was.
+    Raises, with an older checkpoint as it was: `CapacityExceeded` if the disk is full; `LeaseExpired` if the controller
+    was started again meanwhile, or took this client for dead: save again.
     """
     timeout_s = DEFAULT_TIMEOUT_S if timeout is None else timeout_seconds(timeout)
     path = Path(checkpoint_dir)
     described = {"user_metadata": check_json(metadata), "protocol": PROTOCOL_VERSION, "saved_at": time.time()}
-    cut: CutDone = yield Call(core.controller, Cut(hold_s=timeout_s), timeout_s)
+    hold_s = max(timeout_s, _HOLD_S)
+    cut: CutDone = yield Call(core.controller, Cut(hold_s=hold_s), timeout_s)
+    held = _Held(core, cut.hold, hold_s, timeout_s)
     try:
         with replaced(path) as folder:
             writer = CheckpointWriter(folder)
             try:
-                yield from _save_blocks(core, cut.blocks, writer, timeout_s)
+                yield from _save_blocks(core, cut.blocks, writer, held)
+                yield from held.renew()  # what was copied is what was cut
                 described |= {"samples": cut.samples, "blocks": len(cut.blocks)}
                 size_bytes = sum(len(frame) for frame in cut.state)
                 yield Compute(lambda: writer.finish(cut.state, described), size_bytes)
@@ -128,6 +135,8 @@ def _restore(
         for peer, block in stored:
             yield from settle(core, peer, np.array([block], np.int64))
         raise
+    for peer, block in stored:
+        peer.unput.discard(block)
     return done.count
 
 
@@ -136,42 +145,60 @@ def _abort(stored: list[tuple[AnyPeer, int]]) -> Operation[None]:
         yield Notify(peer, AbortBlocks(blocks=np.array([block], np.int64)))
 
 
-def _give_up(stored: list[tuple[AnyPeer, int]]) -> Operation[None]:
-    for peer, block in stored:
-        yield Notify(peer, AbortBlocks(blocks=np.array([block], np.int64)))
+class _Held:
+    """The cut that is being copied: as long as it is held, none of its bytes are overwritten."""
+
+    def __init__(self, core: ClientCore, hold: int, hold_s: float, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._core = core
+        self._hold = hold
+        self._hold_s = hold_s
+        self._renewed_at = time.monotonic()
+
+    def renew(self) -> Operation[None]:
+        """Hold it for longer. Raises `LeaseExpired` if it was not held all the time."""
+        yield Call(self._core.controller, KeepCut(hold=self._hold, hold_s=self._hold_s), self.timeout_s)
+        self._renewed_at = time.monotonic()
+
+    def go_on(self) -> Operation[None]:
+        """The same, if it is time for it."""
+        if time.monotonic() - self._renewed_at >= self._hold_s / 3:
+            yield from self.renew()
 
 
-def _save_blocks(core: ClientCore, blocks: Int64s, writer: CheckpointWriter, timeout_s: float) -> Operation[None]:
-    for unit in (yield from units_of(core.transfer, blocks, timeout_s)):
+def _save_blocks(core: ClientCore, blocks: Int64s, writer: CheckpointWriter, held: _Held) -> Operation[None]:
+    for unit in (yield from units_of(core.transfer, blocks, held.timeout_s)):
         own = blocks[blocks >> UNIT_SHIFT == unit.info.number]
         if unit.local:
-            yield from _save_local(core, unit, own, writer, timeout_s)
+            yield from _save_local(core, unit, own, writer, held)
         else:
             for block in own.tolist():
-                yield from _save_remote(unit, block, writer, timeout_s)
+                yield from _save_remote(unit, block, writer, held)
 
 
 def _save_local(
-    core: ClientCore, unit: UnitHandle, blocks: Int64s, writer: CheckpointWriter, timeout_s: float
+    core: ClientCore, unit: UnitHandle, blocks: Int64s, writer: CheckpointWriter, held: _Held
 ) -> Operation[None]:
     """The blocks of this host are copied straight out of shared memory."""
-    pinned: Pinned = yield Call(unit.peer, Pin(blocks=blocks, holder=process_id()), timeout_s)
+    pinned: Pinned = yield Call(unit.peer, Pin(blocks=blocks, holder=process_id()), held.timeout_s)
     try:
         memories = [core.transfer.maps.view(path) for path in pinned.arenas]
         places = zip(pinned.arena_of.tolist(), pinned.offsets.tolist(), pinned.sizes.tolist(), strict=True)
         images = [memories[arena][start : start + size] for arena, start, size in places]
         for block, image in zip(blocks.tolist(), images, strict=True):
+            yield from held.go_on()
             yield Compute(partial(writer.add, block, [image]), image.nbytes)
     finally:
         yield Notify(unit.peer, Unpin(pin=pinned.pin))
 
 
-def _save_remote(unit: UnitHandle, block: int, writer: CheckpointWriter, timeout_s: float) -> Operation[None]:
+def _save_remote(unit: UnitHandle, block: int, writer: CheckpointWriter, held: _Held) -> Operation[None]:
     pieces: list[Bytes] = []
     at, size = 0, 1
     while at < size:
         request = ReadBlock(block=block, offset=at, max_bytes=_FRAME_BYTES)
-        reply: BlockBytes = yield Call(unit.peer, request, timeout_s)
+        yield from held.go_on()
+        reply: BlockBytes = yield Call(unit.peer, request, held.timeout_s)
         got = [np.frombuffer(frame, np.uint8) for frame in reply.frames]
         size, read = reply.size_bytes, sum(piece.nbytes for piece in got)
         if read == 0:

@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from transfer_queue.errors import CapacityExceeded, DecodeError, InvalidArgument, WrongType
+from transfer_queue.errors import CapacityExceeded, DecodeError, InvalidArgument, TransferQueueError, WrongType
 from transfer_queue.journal.aside import sync_tree
 from transfer_queue.journal.files import REAL_FILES
 
@@ -58,6 +58,8 @@ def replaced(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         take_back(path)
+        if isinstance(error, TransferQueueError):
+            raise
         text = f"the checkpoint {str(path)!r} was not written, an older one is as it was: {error}"
         raise CapacityExceeded(f"{text}; is there capacity left on the disk?") from error
     finally:

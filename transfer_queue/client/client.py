@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from transfer_queue.client import checkpoint, core, leasing, reading, status, writing
-from transfer_queue.client.core import ClientCore
-from transfer_queue.client.drivers import awaitable, blocking
+from transfer_queue.client import changing, checkpoint, core, introducing, keys, leasing, reading, status, writing
+from transfer_queue.client.core import ClientCore, Defaults
+from transfer_queue.client.drivers import awaitable, blocking, run
 from transfer_queue.client.transfer import Transfer
 from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.messages import UnitInfo
@@ -53,10 +53,12 @@ class TransferQueueClient:
     controller_info  what `get_zmq_server_info` of the controller returns, or `conf.controller.zmq_info` of a session
 
     checksums        what this client puts has checksums, which `get_data(verify=True)` and every recovery look at
+    layout, strict, allow_pickle, polling_mode, get_meta_timeout_s
+                     as in the configuration; `None`, also for `checksums`: as in that of the session
 
-    Every call waits at most its `timeout` (60 s by default) and then raises. Each `x` has an `async_x` with the same
-    arguments. A call that raised changed nothing, except that after `ConnectionLost` its outcome may be open: `resend`
-    tells.
+    Every call waits at most its `timeout` (60 s by default, 20 s if it asks about the state) and then raises. Each `x`
+    has an `async_x` with the same arguments. A call that raised changed nothing, except that after `ConnectionLost` its
+    outcome may be open: `resend` tells.
     """
 
     def __init__(
@@ -65,9 +67,12 @@ class TransferQueueClient:
         controller_info: ZMQServerInfo,
         *,
         transport: str = "auto",
-        layout: str = "as_put",
-        allow_pickle: bool = False,
-        checksums: bool = False,
+        layout: str | None = None,
+        strict: bool | None = None,
+        allow_pickle: bool | None = None,
+        polling_mode: bool | None = None,
+        get_meta_timeout_s: float | None = None,
+        checksums: bool | None = None,
         connector: Connector | None = None,
         **zmq_options: Any,
     ) -> None:
@@ -81,8 +86,19 @@ class TransferQueueClient:
         if unknown:
             raise WrongType(f"TransferQueueClient takes no argument {unknown[0]!r}")
         connector = connector or SocketConnector(controller_info, transport)
+        self._transport = transport
+        self.storage_manager: introducing.StorageManager | None = None
         self.client_id = client_id
         self.controller_info = controller_info
+        defaults = Defaults.of(
+            controller_info.defaults,
+            layout=layout,
+            strict=strict,
+            allow_pickle=allow_pickle,
+            polling_mode=polling_mode,
+            get_meta_timeout_s=get_meta_timeout_s,
+            checksums=checksums,
+        )
         controller = connector.controller(client_id)
         self._core = ClientCore(
             client_id=client_id,
@@ -91,10 +107,9 @@ class TransferQueueClient:
                 controller,
                 lambda info, local: connector.unit(client_id, info),
                 transport=transport,
-                checksums=checksums,
+                checksums=defaults.checksums,
             ),
-            layout=layout,
-            allow_pickle=allow_pickle,
+            defaults=defaults,
         )
 
     def __repr__(self) -> str:
@@ -110,6 +125,21 @@ class TransferQueueClient:
         """End all connections; calls under way end with `ConnectionLost`. May be called twice."""
         self._core.transfer.close()
         self._core.controller.close()
+
+    def initialize_storage_manager(self, manager_type: str, config: Mapping[str, Any]) -> None:
+        """Make storage units that were started by hand known to the controller; sets `storage_manager`.
+
+        manager_type   "SimpleStorage", or "AsyncSimpleStorageManager", which is the same
+        config         its "zmq_info" or "storage_unit_infos" is what `process_zmq_server_info` returned for the units
+
+        Needless in a session that `init` started. Raises `UnknownName`, `WrongType`, `InvalidArgument` if a unit
+        belongs to another controller.
+        """
+
+        def connect(info: ZMQServerInfo) -> AnyPeer:
+            return SocketConnector(info, self._transport).controller(self.client_id)
+
+        self.storage_manager = run(introducing.introduce(self.controller_info, connect, manager_type, config))
 
     def leased(
         self,
@@ -141,6 +171,25 @@ class TransferQueueClient:
 
     async_leased = leased  # what it returns is for `with` and for `async with`
 
+    def kv_watch(
+        self,
+        partition_id: str,
+        *,
+        where: Mapping[str, Any] | None = None,
+        since: str = "",
+        timeout: float | None = None,
+    ) -> keys.KeyWatch:
+        """The changes of a partition's keys after a cursor, as they come; of those keys whose tags match `where`.
+
+            for delta in client.kv_watch("train", where={"status": "finished"}):
+                buffer.update(delta.changed.get("train", {}))
+
+        Also for `async for`. Ends with `GetMetaTimeout` when nothing changes for `timeout` seconds.
+        """
+        return keys.KeyWatch(self._core, partition_id, where=where, since=since, timeout=timeout)
+
+    async_kv_watch = kv_watch  # what it returns is for `for` and for `async for`
+
     get_meta, async_get_meta = blocking(reading.get_meta), awaitable(reading.get_meta)
     get_data, async_get_data = blocking(reading.get_data), awaitable(reading.get_data)
     put, async_put = blocking(writing.put), awaitable(writing.put)
@@ -149,20 +198,27 @@ class TransferQueueClient:
     renew, async_renew = blocking(leasing.renew), awaitable(leasing.renew)
     drop, async_drop = blocking(leasing.drop), awaitable(leasing.drop)
     resend, async_resend = blocking(core.resend), awaitable(core.resend)
-    set_custom_meta = blocking(writing.set_custom_meta)
-    async_set_custom_meta = awaitable(writing.set_custom_meta)
-    seal_group, async_seal_group = blocking(writing.seal_group), awaitable(writing.seal_group)
-    abort_group, async_abort_group = blocking(writing.abort_group), awaitable(writing.abort_group)
-    set_policy_version = blocking(writing.set_policy_version)
-    async_set_policy_version = awaitable(writing.set_policy_version)
-    clear, async_clear = blocking(writing.clear), awaitable(writing.clear)
-    clear_partition, async_clear_partition = blocking(writing.clear_partition), awaitable(writing.clear_partition)
-    clear_samples, async_clear_samples = blocking(writing.clear_samples), awaitable(writing.clear_samples)
-    reset_consumption = blocking(writing.reset_consumption)
-    async_reset_consumption = awaitable(writing.reset_consumption)
+    set_custom_meta = blocking(changing.set_custom_meta)
+    async_set_custom_meta = awaitable(changing.set_custom_meta)
+    seal_group, async_seal_group = blocking(changing.seal_group), awaitable(changing.seal_group)
+    abort_group, async_abort_group = blocking(changing.abort_group), awaitable(changing.abort_group)
+    set_policy_version = blocking(changing.set_policy_version)
+    async_set_policy_version = awaitable(changing.set_policy_version)
+    clear, async_clear = blocking(changing.clear), awaitable(changing.clear)
+    clear_partition, async_clear_partition = blocking(changing.clear_partition), awaitable(changing.clear_partition)
+    clear_samples, async_clear_samples = blocking(changing.clear_samples), awaitable(changing.clear_samples)
+    reset_consumption = blocking(changing.reset_consumption)
+    async_reset_consumption = awaitable(changing.reset_consumption)
     kv_retrieve_meta, async_kv_retrieve_meta = blocking(reading.kv_retrieve_meta), awaitable(reading.kv_retrieve_meta)
     kv_retrieve_keys, async_kv_retrieve_keys = blocking(reading.kv_retrieve_keys), awaitable(reading.kv_retrieve_keys)
-    kv_list, async_kv_list = blocking(reading.kv_list), awaitable(reading.kv_list)
+    kv_put, async_kv_put = blocking(keys.kv_put), awaitable(keys.kv_put)
+    kv_batch_put, async_kv_batch_put = blocking(keys.kv_batch_put), awaitable(keys.kv_batch_put)
+    kv_batch_get, async_kv_batch_get = blocking(keys.kv_batch_get), awaitable(keys.kv_batch_get)
+    kv_batch_get_by_meta = blocking(keys.kv_batch_get_by_meta)
+    async_kv_batch_get_by_meta = awaitable(keys.kv_batch_get_by_meta)
+    kv_list, async_kv_list = blocking(keys.kv_list), awaitable(keys.kv_list)
+    kv_clear, async_kv_clear = blocking(keys.kv_clear), awaitable(keys.kv_clear)
+    kv_wait, async_kv_wait = blocking(keys.kv_wait), awaitable(keys.kv_wait)
     get_partition_list = blocking(reading.get_partition_list)
     async_get_partition_list = awaitable(reading.get_partition_list)
     get_production_status = blocking(status.get_production_status)
@@ -173,6 +229,10 @@ class TransferQueueClient:
     async_check_production_status = awaitable(status.check_production_status)
     check_consumption_status = blocking(status.check_consumption_status)
     async_check_consumption_status = awaitable(status.check_consumption_status)
+    check_production_completed = blocking(status.check_production_completed)
+    async_check_production_completed = awaitable(status.check_production_completed)
+    check_stream_drained = blocking(status.check_stream_drained)
+    async_check_stream_drained = awaitable(status.check_stream_drained)
     audit, async_audit = blocking(status.audit), awaitable(status.audit)
     admission, async_admission = blocking(status.admission), awaitable(status.admission)
     explain, async_explain = blocking(status.explain), awaitable(status.explain)

@@ -17,13 +17,12 @@ from tensordict import (
 )
 
 from transfer_queue.client.decoding import decode_column
-from transfer_queue.client.encoding import encode_array, encode_list, encode_rows, encode_tensor
+from transfer_queue.client.encoding import encode_array, encode_list, encode_payload, encode_rows, encode_tensor
 from transfer_queue.client.sharing import Encoder, Sharing, encode_shared
+from transfer_queue.config import known_layout
 from transfer_queue.errors import EncodeError, InvalidArgument, UnknownName, WrongType, nearest
 from transfer_queue.storage.block import EncodedColumn
 from transfer_queue.storage.gather import GatheredColumn
-
-LAYOUTS = ("as_put", "jagged", "dense")
 
 _Encoded = tuple[int, EncodedColumn]
 _Entry = tuple[Any, Encoder]  # a column, and what encodes it
@@ -63,10 +62,10 @@ def decode(
     layout  "as_put"  dense if every row was put dense and all have one shape, else jagged
             "jagged"  jagged, but for rows that are single values
             "dense"   dense wherever all rows have one shape, else as put
-    Ragged rows that differ in more than their first dimension come as a strided nested tensor.
+    Ragged rows that differ in several dimensions come as a strided nested tensor, or as a list where PyTorch has none
+    for their type; so do rows of different rank, and tensors beside other values.
     """
-    if layout not in LAYOUTS:
-        raise UnknownName(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
+    known_layout(layout)
     fields = {name: decode_column(parts, layout, allow_pickle) for name, parts in found.items()}
     return TensorDict(fields, batch_size=[rows])
 
@@ -90,10 +89,10 @@ def _entry(data: Any, name: str, rows: int) -> _Entry:
     if isinstance(value, NonTensorStack):
         return value.tolist(), _encode_values
     if isinstance(value, NonTensorData):
-        return _entries(value.data, rows), _encode_values
+        return _batch_value(value.data, rows)
     if isinstance(value, torch.Tensor) or is_tensor_collection(value):
         return value, _encode_column
-    return _entries(value, rows), _encode_values
+    return _batch_value(value, rows)
 
 
 def _column(value: Any) -> _Entry:
@@ -104,7 +103,7 @@ def _column(value: Any) -> _Entry:
         return value.tolist(), _encode_values
     if isinstance(value, NonTensorData):
         shape = value.batch_size
-        return _entries(value.data, int(shape[0]) if shape else 1), _encode_values
+        return _batch_value(value.data, int(shape[0]) if shape else 1)
     return value, _encode_column
 
 
@@ -128,13 +127,23 @@ def _encode_values(name: str, values: Sequence[Any], allow_pickle: bool) -> _Enc
     return len(values), encode_rows(name, values, allow_pickle)
 
 
-def _entries(payload: Any, rows: int) -> list[Any]:
-    """Spread a value that a `TensorDict` keeps for the whole batch: over its rows if it has one entry per row."""
-    if isinstance(payload, np.ndarray) and payload.ndim and len(payload) == rows and payload.dtype.kind in "OUS":
-        return list(payload.tolist())
-    if isinstance(payload, list | tuple | np.ndarray) and rows != 1 and len(payload) == rows:
-        return list(payload)
-    return [payload] * rows
+def _encode_payload(name: str, values: Sequence[Any], allow_pickle: bool) -> _Encoded:
+    return 1, encode_payload(name, values[0], allow_pickle)
+
+
+def _batch_value(value: Any, rows: int) -> _Entry:
+    """Return what a `TensorDict` keeps for the whole batch as a column.
+
+    It is spread over the rows if it has one entry for each, else it is the value of every row. Of a batch of one row
+    it is the payload as it stands, but for arrays of one object, which is how a `TensorDict` holds these.
+    """
+    array = isinstance(value, np.ndarray) and value.ndim > 0
+    entry_per_row = (array or isinstance(value, list | tuple)) and len(value) == rows
+    if entry_per_row and array and value.dtype.kind in "OUS":
+        return value.tolist() if value.ndim == 1 else list(value), _encode_values
+    if rows == 1:
+        return [value], _encode_payload
+    return list(value) if entry_per_row else [value] * rows, _encode_values
 
 
 # ---------------------------------------------------------------- all columns

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from transfer_queue.client.arguments import DEFAULT_TIMEOUT_S
@@ -17,15 +18,40 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What a client does where a call does not say. `None` as an argument of the client: what its session says."""
+
+    layout: str = "as_put"
+    strict: bool = False
+    allow_pickle: bool = False
+    polling_mode: bool = False
+    get_meta_timeout_s: float = DEFAULT_TIMEOUT_S
+    checksums: bool = False
+
+    @classmethod
+    def of(cls, session: Mapping[str, Any], **given: Any) -> Defaults:
+        """The session's, unless they are given; what a newer session says and this class does not know is left out."""
+        known = {one.name: session[one.name] for one in fields(cls) if one.name in session}
+        return cls(**known | {name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
 class ClientCore:
     """The connections and settings of one client."""
 
     client_id: str
     controller: AnyPeer
     transfer: Transfer
-    layout: str
-    allow_pickle: bool
+    defaults: Defaults
     outcomes: OpenOutcomes = field(default_factory=OpenOutcomes)
+
+    @property
+    def layout(self) -> str:
+        return self.defaults.layout
+
+    @property
+    def allow_pickle(self) -> bool:
+        return self.defaults.allow_pickle
 
 
 def changed(core: ClientCore, request: Request, timeout_s: float = DEFAULT_TIMEOUT_S) -> Operation[int]:

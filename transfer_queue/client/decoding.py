@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import NonTensorData
 
 from transfer_queue.client.nontensor import stack_values
 from transfer_queue.errors import DecodeError
@@ -20,10 +21,16 @@ from transfer_queue.wire.values import unpack_value
 
 
 def decode_column(parts: Sequence[GatheredColumn], layout: str, allow_pickle: bool = False) -> Any:
-    """Return what a `TensorDict` holds for a field: a tensor [n, ...], a nested one, or a `NonTensorStack`."""
+    """Return what a `TensorDict` holds for a field: a tensor [n, ...], a nested one, or a `NonTensorStack`.
+
+    The one row of a result is a `NonTensorData` [1] if it was put as one.
+    """
     if len(parts) == 1 and parts[0].spec.layout in TENSOR_LAYOUTS:
         return _tensor(parts[0], layout)
-    return stack_values(_scattered([_values(part, allow_pickle) for part in parts], parts))
+    values = _scattered([_values(part, allow_pickle) for part in parts], parts)
+    if len(values) == 1 and parts[0].spec.shape is not None:
+        return NonTensorData(data=values[0], batch_size=[1])
+    return stack_values(values)
 
 
 def _tensor(column: GatheredColumn, layout: str) -> Any:
@@ -31,33 +38,36 @@ def _tensor(column: GatheredColumn, layout: str) -> Any:
     if column.spec.layout == "dense":
         assert shape is not None
         if layout == "jagged" and shape:
-            starts = torch.arange(column.rows + 1) * shape[0]
-            return _jagged(_typed(column, (column.rows * shape[0], *shape[1:])), starts)
+            starts = np.arange(column.rows + 1) * shape[0]
+            return _jagged(_typed(column, (column.rows * shape[0], *shape[1:])), starts, shape[0])
         return _typed(column, (column.rows, *shape))
     if column.spec.layout == "ragged":
         assert column.offsets is not None and shape is not None
         lengths = np.diff(column.offsets)
         if layout == "dense" and column.rows and (lengths == lengths[0]).all():
             return _typed(column, (column.rows, int(lengths[0]), *shape))
-        return _jagged(_typed(column, (int(column.offsets[-1]), *shape)), torch.from_numpy(column.offsets))
+        return _jagged(_typed(column, (int(column.offsets[-1]), *shape)), column.offsets, lengths.max(initial=0))
     return _shaped(column, layout)
 
 
 def _shaped(column: GatheredColumn, layout: str) -> Any:
-    """Jagged if the rows differ in their first dimension only, else a strided nested tensor."""
+    """Jagged if the rows differ in one dimension only, else a strided nested tensor."""
     shapes = column.shapes
     assert shapes is not None and column.offsets is not None
     if layout == "dense" and column.rows and (shapes == shapes[0]).all():
         return _typed(column, (column.rows, *shapes[0].tolist()))
     if column.rows == 0 or (shapes[:, 1:] == shapes[0, 1:]).all():
         trailing = shapes[0, 1:].tolist() if column.rows else []
-        offsets = np.concatenate(([0], np.cumsum(shapes[:, 0])))
-        return _jagged(_typed(column, (int(offsets[-1]), *trailing)), torch.from_numpy(offsets))
+        lengths = shapes[:, 0]
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        return _jagged(_typed(column, (int(offsets[-1]), *trailing)), offsets, lengths.max(initial=0))
     rows = _tensor_rows(column)
-    try:
-        return torch.nested.as_nested_tensor(rows, layout=torch.strided)
-    except (RuntimeError, NotImplementedError):  # this torch cannot nest the element type
-        return stack_values(rows)
+    for form in (torch.jagged, torch.strided):
+        try:
+            return torch.nested.as_nested_tensor(rows, layout=form)
+        except RuntimeError:  # this torch cannot nest these shapes, or this element type
+            continue
+    return stack_values([row.clone() for row in rows])
 
 
 def _typed(column: GatheredColumn, shape: tuple[int, ...]) -> torch.Tensor:
@@ -69,8 +79,11 @@ def _typed(column: GatheredColumn, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(column.values).view(dtype).view(shape)
 
 
-def _jagged(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(values, offsets)
+def _jagged(values: torch.Tensor, offsets: Int64s, longest: int) -> torch.Tensor:
+    """`longest`: the length of the longest row. Without it PyTorch pads every row to the sum of all lengths."""
+    nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(
+        values, torch.from_numpy(offsets), max_seqlen=int(longest)
+    )
     return nested
 
 

@@ -5,6 +5,7 @@ n rows · L elements of a row along its first dimension
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -75,6 +76,12 @@ def encode_rows(name: str, rows: Sequence[Any], allow_pickle: bool = False) -> E
         except OverflowError:
             return _encode_objects(name, rows, allow_pickle)
     return _encode_objects(name, rows, allow_pickle)
+
+
+def encode_payload(name: str, value: Any, allow_pickle: bool = False) -> EncodedColumn:
+    """The one value of a batch of one row, marked as such: read alone it is not a list of one."""
+    column = encode_rows(name, [value], allow_pickle)
+    return dataclasses.replace(column, spec=dataclasses.replace(column.spec, shape=()))
 
 
 # ---------------------------------------------------------------- tensors

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from transfer_queue import environment
 from transfer_queue.client import columns, transfer
 from transfer_queue.client.answers import meta_of
 from transfer_queue.client.arguments import (
@@ -24,11 +25,12 @@ from transfer_queue.client.arguments import (
     timeout_seconds,
     whole_number,
 )
-from transfer_queue.client.core import ClientCore
+from transfer_queue.client.core import ClientCore, Defaults
 from transfer_queue.client.outcomes import concluded
 from transfer_queue.client.steps import Call, Operation
-from transfer_queue.client.writing import new_rows, put_rows
-from transfer_queue.errors import InvalidArgument, StaleSampleError, UnknownName
+from transfer_queue.client.writing import new_rows, put_handle, put_rows
+from transfer_queue.config import layout_in_force
+from transfer_queue.errors import GetMetaTimeout, InvalidArgument, StaleSampleError, UnknownName
 from transfer_queue.messages import Draw, Drawn, ListPartitions, Locate, Location, Names
 from transfer_queue.metadata import BatchMeta
 
@@ -62,9 +64,11 @@ def get_meta(
 
     mode      "fetch" as above; "force_fetch" all rows of the partition as they are, consuming nothing, with
               `production_status` per row; "insert" allocates `batch_size` new rows without data
-    timeout   seconds to wait, `None`: 60. 0: do not wait
+    timeout   seconds to wait; 0: do not wait. `None`: TQ_CONTROLLER_GET_METADATA_TIMEOUT, or else what the queue was
+              configured with, which is 60; with `polling_mode` 0
 
-    Raises `GetMetaTimeout` saying what is missing; `InvalidArgument` at once for a draw that can never be served.
+    Where the queue is configured with `polling_mode`, a draw that is not served in time returns an empty meta. Otherwise
+    raises `GetMetaTimeout` saying what is missing; `InvalidArgument` at once for a draw that can never be served.
     """
     partition, step = address(partition_id, global_step)
     timeout_s = timeout_seconds(timeout)
@@ -73,7 +77,7 @@ def get_meta(
     if lease_s is not None and mode != "fetch":
         raise InvalidArgument(f"mode {mode!r} takes no lease: only samples that a draw hands out are leased")
     if mode == "insert":
-        inserted = yield from put_rows(core, new_rows(partition, step, batch_size), None, timeout_s)
+        inserted = yield from put_rows(core, new_rows(partition, step, batch_size), None, timeout_s, put_handle)
         return _with_empty_fields(inserted, fields)
     if mode == "force_fetch":
         return meta_of((yield Call(core.controller, _whole_partition(partition, step, fields), timeout_s)))
@@ -89,11 +93,16 @@ def get_meta(
         batch_size=whole_number("batch_size", batch_size),
         get_n_samples=bool(get_n_samples),
         sampler_params=mapping_of("sampling_config", sampling_config) | mapping_of("sampler_params", sampler_params),
-        timeout_s=timeout_s,
+        timeout_s=timeout_s if timeout is not None else _default_wait(core.defaults),
         lease_s=lease_s,
     )
     asked_s = time.monotonic()
-    return (yield from concluded(core.outcomes, lambda request_id: _drawn(core, draw, asked_s, request_id)))
+    try:
+        return (yield from concluded(core.outcomes, lambda request_id: _drawn(core, draw, asked_s, request_id)))
+    except GetMetaTimeout:
+        if not core.defaults.polling_mode:
+            raise
+        return BatchMeta.empty()
 
 
 def get_data(
@@ -104,6 +113,7 @@ def get_data(
     copy: bool = True,
     *,
     layout: str | None = None,
+    strict: bool | None = None,
     allow_missing: bool = False,
     verify: bool = False,
     timeout: float | None = None,
@@ -113,10 +123,12 @@ def get_data(
     The result is writable and shares memory with nothing, whatever `copy` says. With `copy=False`, fields whose rows
     lie together on this host are private copy-on-write views of shared memory instead of copies; their space is not
     reused before they are garbage-collected. `layout`: "as_put" (dense stays dense, ragged becomes jagged), "jagged"
-    or "dense".
+    or "dense"; `None`: TQ_LAYOUT, or else what the queue was configured with. Each field has memory of its own and
+    pickles to its own size; a slice that PyTorch makes of it is a view, which takes the field along unless cloned.
 
     With `allow_missing` returns (data [n], mask): the n rows that have all the fields now, in order, and a bool tensor
-    [B] that says which of the rows of the meta those are.
+    [B] that says which of the rows of the meta those are. Without it whatever is missing raises, as `strict` asks of
+    reads by key; for a meta it changes nothing.
 
     With `verify` the bytes are compared with the checksums that they were written with: `DecodeError` names field and
     block that differ, or were written by a client without `checksums`.
@@ -125,6 +137,7 @@ def get_data(
     are not produced for all rows.
     """
     timeout_s = timeout_seconds(timeout)
+    layout = layout_in_force(layout, core.layout)
     wanted = tuple(metadata.field_names) if fields is None else names_of("fields", fields)
     mask = None
     if allow_missing:
@@ -133,7 +146,7 @@ def get_data(
     if len(metadata) and wanted:
         how = {"copy": copy, "verify": verify}
         found = yield from _load(core, metadata, wanted, timeout_s, how)
-        data = columns.decode(found, len(metadata), layout=layout or core.layout, allow_pickle=core.allow_pickle)
+        data = columns.decode(found, len(metadata), layout=layout, allow_pickle=core.allow_pickle)
     else:
         data = columns.empty()
     data = data if device is None else data.to(device)
@@ -152,7 +165,7 @@ def kv_retrieve_meta(
         raise InvalidArgument("keys must not be empty")
     if create:
         request = new_rows(partition_name(partition_id), None, len(names)) | {"keys": names}
-        yield from put_rows(core, request, None, DEFAULT_TIMEOUT_S)
+        yield from put_rows(core, request, None, DEFAULT_TIMEOUT_S, put_handle)
     request_rows = Locate(
         partition_id=partition_id,
         global_step=None,
@@ -168,6 +181,8 @@ def kv_retrieve_meta(
 def kv_retrieve_keys(core: ClientCore, global_indexes: Sequence[int] | int, partition_id: str) -> Operation[list[str]]:
     """The keys of these rows, in order. Raises `UnknownName` for a row without one."""
     rows = np.atleast_1d(np.asarray(global_indexes, dtype=np.int64))
+    if not len(rows):
+        raise InvalidArgument("global_indexes must not be empty")
     request = Locate(partition_id=partition_id, global_step=None, indexes=rows, generations=None, keys=None, fields=())
     drawn: Drawn = yield Call(core.controller, request, DEFAULT_TIMEOUT_S)
     keys = drawn.keys or (None,) * len(rows)
@@ -177,15 +192,6 @@ def kv_retrieve_keys(core: ClientCore, global_indexes: Sequence[int] | int, part
     return [key for key in keys if key is not None]
 
 
-def kv_list(core: ClientCore, partition_id: str | None = None) -> Operation[dict[str, dict[str, dict[str, Any]]]]:
-    """`{partition: {key: tag}}`: partitions and keys in order of creation; each partition as of one moment."""
-    known = yield from get_partition_list(core)
-    chosen = known if partition_id is None else [name for name in known if name == partition_name(partition_id)]
-    requests = [Call(core.controller, _whole_partition(name, None, ()), DEFAULT_TIMEOUT_S) for name in chosen]
-    replies: list[Drawn] = (yield requests) if requests else []
-    return {name: _tags_by_key(reply) for name, reply in zip(chosen, replies, strict=True)}
-
-
 def get_partition_list(core: ClientCore) -> Operation[list[str]]:
     """Names of the partitions, in creation order."""
     names: Names = yield Call(core.controller, ListPartitions(), DEFAULT_TIMEOUT_S)
@@ -193,6 +199,12 @@ def get_partition_list(core: ClientCore) -> Operation[list[str]]:
 
 
 # ---------------------------------------------------------------- inside
+
+
+def _default_wait(defaults: Defaults) -> float:
+    if defaults.polling_mode:
+        return 0.0
+    return environment.seconds("TQ_CONTROLLER_GET_METADATA_TIMEOUT") or defaults.get_meta_timeout_s
 
 
 def _drawn(core: ClientCore, draw: Draw, asked_s: float, request_id: int | None) -> Operation[BatchMeta]:
@@ -260,11 +272,6 @@ def _whole_partition(partition: str | None, step: int | None, fields: tuple[str,
         fields=fields,
         allow_missing=True,
     )
-
-
-def _tags_by_key(rows: Drawn) -> dict[str, dict[str, Any]]:
-    tags = rows.tags or (None,) * len(rows.indexes)
-    return {key: dict(tag or {}) for key, tag in zip(rows.keys or (), tags, strict=False) if key is not None}
 
 
 def _with_empty_fields(meta: BatchMeta, fields: tuple[str, ...]) -> BatchMeta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,10 +11,10 @@ from transfer_queue.client.steps import Call, Compute, Notify, Operation, Wait
 from transfer_queue.client.transfer import Transfer, refresh
 from transfer_queue.client.units import SHARED_SPAN_BYTES, Place, UnitHandle, span_memory
 from transfer_queue.errors import CapacityExceeded, ConnectionLost
-from transfer_queue.messages import AbortBlocks, Reserve, Reserved, ReturnSpan, Write
+from transfer_queue.messages import UNIT_SHIFT, AbortBlocks, Reserve, Reserved, ReturnSpan, Write
 from transfer_queue.storage.block import HEADER_BYTES, BlockPlan, Bytes, carve, fill_block, image_parts, unsealed
 from transfer_queue.storage.packing import MAX_FRAME_BYTES
-from transfer_queue.wire.holders import process_id
+from transfer_queue.wire.holders import ELSEWHERE, process_id
 from transfer_queue.wire.peer import AnyPeer
 
 WRITES_IN_FLIGHT = 4
@@ -27,22 +28,44 @@ def store(transfer: Transfer, plan: BlockPlan, timeout_s: float) -> Operation[tu
     The block is complete but nobody knows it yet: commit it at the controller, or send `AbortBlocks` to the peer.
     Waits for space until the timeout and then raises `CapacityExceeded`; an operation that raised left no block.
     """
-    unit = yield from _unit_for_put(transfer, timeout_s)
-    unit.sent_bytes += plan.size_bytes
-    try:
-        if not unit.local:
-            return unit.peer, (yield from _send(unit, plan, timeout_s))
-        place = None
-        if plan.size_bytes <= SHARED_SPAN_BYTES:
-            place = yield from _share(transfer, unit, plan)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        unit = yield from _unit_for_put(transfer, timeout_s)
+        unit.sent_bytes += plan.size_bytes
+        try:
+            return unit.peer, (yield from _store_at(transfer, unit, plan, timeout_s))
+        except ConnectionLost:
+            failed = transfer.units.forget(unit)
+            transfer.refresh_at = 0.0
+            timeout_s = deadline - time.monotonic()
+            if failed or timeout_s <= 0:
+                raise
+        # somebody else found meanwhile that the unit has another number or place now, and closed the connection
+
+
+def renounce(transfer: Transfer, block: int | None, timeout_s: float) -> Operation[None]:
+    """A block that was stored cannot be put: use its span no more, and learn which units there are now.
+
+    A unit that is there under another number has forgotten the span with all others.
+    """
+    number = 0 if block is None else block >> UNIT_SHIFT
+    unit = transfer.units.get(number)
+    yield from refresh(transfer, timeout_s)
+    if block is not None and unit is not None and transfer.units.get(number) is unit:
+        span = unit.span.drop(block)
+        if span is not None:
+            yield Notify(unit.peer, ReturnSpan(span=span))
+
+
+def _store_at(transfer: Transfer, unit: UnitHandle, plan: BlockPlan, timeout_s: float) -> Operation[int]:
+    if not unit.local:
+        return (yield from _send(unit, plan, timeout_s))
+    if plan.size_bytes <= SHARED_SPAN_BYTES:
+        place = yield from _share(transfer, unit, plan)
         if place is not None:
             yield from _fill(unit, plan, place)
-            return unit.peer, place.block_id
-        return unit.peer, (yield from _store_alone(transfer, unit, plan, timeout_s))
-    except ConnectionLost:
-        transfer.units.forget(unit)
-        transfer.refresh_at = 0.0
-        raise
+            return place.block_id
+    return (yield from _store_alone(transfer, unit, plan, timeout_s))
 
 
 def _unit_for_put(transfer: Transfer, timeout_s: float) -> Operation[UnitHandle]:
@@ -91,6 +114,7 @@ def _store_alone(transfer: Transfer, unit: UnitHandle, plan: BlockPlan, timeout_
     span: Reserved = yield Call(unit.peer, _reserve(plan.size_bytes, timeout_s), timeout_s)
     try:
         place = Place(span.first_block, span_memory(transfer.maps, span)[: plan.size_bytes])
+        unit.peer.unput.add(place.block_id)
         carve(plan, place.memory, place.block_id)
     finally:
         yield Notify(unit.peer, ReturnSpan(span=span.span))
@@ -108,7 +132,9 @@ def _fill(unit: UnitHandle, plan: BlockPlan, place: Place) -> Operation[None]:
 
 def _send(unit: UnitHandle, plan: BlockPlan, timeout_s: float) -> Operation[int]:
     """Write over the network, some messages at a time; the header says that the block is complete only at the end."""
-    span: Reserved = yield Call(unit.peer, _reserve(plan.size_bytes, timeout_s), timeout_s)
+    request = Reserve(size_bytes=plan.size_bytes, holder=ELSEWHERE, timeout_s=timeout_s)
+    span: Reserved = yield Call(unit.peer, request, timeout_s)
+    unit.peer.unput.add(span.first_block)
     try:
         hashed_bytes = 0 if plan.chunks is None else plan.size_bytes
         parts: list[Bytes] = yield Compute(lambda: image_parts(plan, span.first_block), hashed_bytes)

@@ -19,7 +19,7 @@ from transfer_queue.client.fetching import Fetching
 from transfer_queue.client.results import copied
 from transfer_queue.client.steps import Call, Calls, Compute, Notify, Operation
 from transfer_queue.client.units import Connect, KnownUnits, UnitHandle
-from transfer_queue.errors import ConnectionLost, StaleSampleError
+from transfer_queue.errors import StaleSampleError
 from transfer_queue.messages import UNIT_SHIFT, Int64s, ListUnits, Location, Pin, Pinned, Units, Unpin
 from transfer_queue.storage.block import Block, Bytes, Directories
 from transfer_queue.storage.checksums import suspects_at
@@ -144,8 +144,9 @@ def units_of(transfer: Transfer, blocks: Int64s, timeout_s: float) -> Operation[
     units = {number: transfer.units.get(number) for number in numbers}
     unknown = [number for number, unit in units.items() if unit is None]
     if unknown:
-        raise ConnectionLost(
-            f"storage units {unknown}, which store some of these rows, are not known to the controller"
+        raise StaleSampleError(
+            f"storage units {unknown}, which had some of these rows, came back without them: their data is lost",
+            blocks=[block for block in np.unique(blocks).tolist() if block >> UNIT_SHIFT in unknown],
         )
     return [unit for unit in units.values() if unit is not None]
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from transfer_queue.client.arenas import ArenaMaps
-from transfer_queue.messages import Reserved, ReturnSpan, UnitInfo
+from transfer_queue.messages import SPAN_SHIFT, Reserved, ReturnSpan, UnitInfo
 from transfer_queue.storage.block import BlockPlan, Bytes, carve
 from transfer_queue.storage.spans import BLOCKS_PER_SPAN
 from transfer_queue.wire.folder import same_host
@@ -39,9 +39,11 @@ class SharedSpan:
     """The span that the small puts of one process to one unit share. Thread-safe.
 
     next_bytes   how large the next one should be: a writer that fills spans quickly gets larger ones
+    unput        where the blocks that are carved from it are noted, before they are
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unput: set[int] | None = None) -> None:
+        self._unput = set() if unput is None else unput
         self.next_bytes = SHARED_SPAN_BYTES
         self._replaced_at = 0.0
         self._lock = threading.Lock()
@@ -84,10 +86,19 @@ class SharedSpan:
             ):
                 return None
             place = Place(self._span.first_block + self._count, self._memory[self._end : self._end + plan.size_bytes])
+            self._unput.add(place.block_id)
             carve(plan, place.memory, place.block_id)
             self._count += 1
             self._end += plan.size_bytes
             return place
+
+    def drop(self, block: int) -> int | None:
+        """Go on without the span that this block lies in; return the number of the one to give back, if that was it."""
+        with self._lock:
+            if self._span is None or self._span.first_block >> SPAN_SHIFT != block >> SPAN_SHIFT:
+                return None
+            old, self._span, self._memory = self._span, None, np.empty(0, np.uint8)
+            return old.span
 
     def replace(self, span: Reserved | None, memory: Bytes | None) -> int | None:
         """Go on with another span (None: with none); return the number of the one to give back."""
@@ -110,10 +121,16 @@ class UnitHandle:
     info: UnitInfo
     peer: AnyPeer
     local: bool
-    span: SharedSpan = field(default_factory=SharedSpan)
+    span: SharedSpan = field(init=False)
     sent_bytes: int = 0
 
-    def close(self) -> None:
+    def __post_init__(self) -> None:
+        self.span = SharedSpan(self.peer.unput)
+
+    def close(self, *, returning: bool) -> None:
+        """`returning`: the unit is there, and told that its span is not needed any more; else it is when it is back."""
+        if not returning:
+            self.peer.close()
         number = self.span.replace(None, None)
         if number is not None:
             self.peer.notify(ReturnSpan(span=number))
@@ -134,7 +151,12 @@ class KnownUnits:
         return f"<KnownUnits {', '.join(handle.info.unit_id for handle in self._handles.values()) or 'none'}>"
 
     def update(self, infos: Iterable[UnitInfo]) -> None:
-        """Take over what the controller says; a unit that is gone or has moved is disconnected."""
+        """Take over what the controller says. A unit that is not among them is disconnected: if it is there under
+        another number, it knows nothing of what it lent under the old one.
+        """
+        self._replace(infos, returning=False)
+
+    def _replace(self, infos: Iterable[UnitInfo], *, returning: bool) -> None:
         self._leave_to_parent()
         listed = {info.number: info for info in infos}
         with self._lock:
@@ -144,18 +166,20 @@ class KnownUnits:
                 for number, info in listed.items()
             }
         for handle in known.values():
-            handle.close()
+            handle.close(returning=returning)
 
     def get(self, number: int) -> UnitHandle | None:
         self._leave_to_parent()
         return self._handles.get(number)
 
-    def forget(self, handle: UnitHandle) -> None:
-        """The unit does not answer: ask the controller before it is used again."""
+    def forget(self, handle: UnitHandle) -> bool:
+        """The unit does not answer: ask the controller before it is used again. False: somebody did so already."""
         with self._lock:
-            if self._handles.get(handle.info.number) is handle:
+            known = self._handles.get(handle.info.number) is handle
+            if known:
                 del self._handles[handle.info.number]
-        handle.peer.close()
+        handle.close(returning=False)
+        return known
 
     def best(self) -> UnitHandle | None:
         """The unit for the next put: one of this host if there is any; among those, the one that got least."""
@@ -165,7 +189,7 @@ class KnownUnits:
 
     def close(self) -> None:
         """Return the spans and disconnect. May be called twice."""
-        self.update(())
+        self._replace((), returning=True)
 
     def _handle(self, info: UnitInfo) -> UnitHandle:
         local = self._transport != "tcp" and same_host(info.folder, info.nonce)

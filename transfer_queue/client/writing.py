@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -18,48 +20,45 @@ from transfer_queue.client.arguments import (
     check_handle,
     group_of,
     names_of,
-    partition_name,
+    one_of,
     tags_of,
     timeout_seconds,
     versions_of,
     whole_number,
 )
-from transfer_queue.client.core import ClientCore, changed
+from transfer_queue.client.core import ClientCore
 from transfer_queue.client.outcomes import concluded
+from transfer_queue.client.parsing import DataParser, parsed
 from transfer_queue.client.sharing import Sharing
-from transfer_queue.client.steps import Call, Notify, Operation
-from transfer_queue.client.storing import store
+from transfer_queue.client.steps import Call, Notify, Operation, Wait
+from transfer_queue.client.storing import renounce, store
 from transfer_queue.client.transfer import refresh
-from transfer_queue.errors import ConnectionLost, DeadlineExceeded, InvalidArgument, TransferQueueError
+from transfer_queue.errors import BlockLost, ConnectionLost, DeadlineExceeded, InvalidArgument, TransferQueueError
 from transfer_queue.messages import (
     AbortBlocks,
-    AbortGroup,
     Admit,
     Admitted,
-    Clear,
     Drawn,
     Int64s,
     Location,
     Put,
     PutDone,
-    ResetConsumption,
-    SealGroup,
-    SetTags,
     Settle,
     Settled,
-    SetVersion,
     Withdraw,
 )
 from transfer_queue.metadata import BatchMeta
-from transfer_queue.storage.block import EncodedColumn, plan_block
+from transfer_queue.storage.block import BlockPlan, EncodedColumn, plan_block
 from transfer_queue.wire.peer import AnyPeer
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
+T = TypeVar("T")
 Data: TypeAlias = "TensorDict | Mapping[str, Any]"
 
 _SETTLE_S = 1.0
+_PAUSE_S = 0.1  # before a put whose block was lost is tried a third time
 
 
 def put(
@@ -67,6 +66,7 @@ def put(
     data: Data | None = None,
     metadata: BatchMeta | None = None,
     partition_id: str | int | None = None,
+    data_parser: DataParser | None = None,
     *,
     global_step: int | None = None,
     keys: Sequence[str] | None = None,
@@ -75,6 +75,8 @@ def put(
     group_size: int | None = None,
     shared_fields: Sequence[str] | None = None,
     policy_version: int | Sequence[int] | None = None,
+    custom_meta: Tags | None = None,
+    is_last: bool = False,
     timeout: float | None = None,
 ) -> Operation[BatchMeta]:
     """Write rows of fields; what was put is visible to everyone, whole, when this returns.
@@ -83,7 +85,7 @@ def put(
     added to its rows, and it is updated in place and returned. `data` is a `TensorDict` or a mapping of tensors (dense
     or nested), NumPy arrays or lists, one entry per row. `group_ids` tells which rows belong together, `group_size` how
     many rows a group will have (default: the controller's `num_n_samples`); `tags` are small dicts that travel with
-    the metadata and merge with those that are there.
+    the metadata and merge with those that are there; `custom_meta` is another name of theirs.
 
     `shared_fields` have one value for all rows of a group in this put: it is stored once. They may come with an entry
     per row, of which that of the group's first row is stored, or with an entry per group, in the order in which the
@@ -92,21 +94,33 @@ def put(
     `policy_version` is that of the policy that generated the rows, one for all or one per row. A row gets it once, with
     `metadata` also later. With `limits.max_staleness`, rows that are too old already are dropped at once, and counted.
 
+    `data_parser` gets `{field: column}`, where columns that are no dense tensors are lists, and returns it with the
+    same fields and lengths, changed as it likes; that is what is stored. It runs here, before anything is sent.
+
+    With `is_last` the partition takes no new rows from now on (`PartitionSealed`), only fields of those that are there.
+    Draws that it cannot serve any more are answered without rows, with `extra_info["end_of_stream"]`, and in
+    `extra_info["left"]` how many a smaller draw may still get.
+
     With a leased `metadata` the put is refused with `LeaseExpired` once the lease is over: whoever draws the samples
     then writes them.
 
+    If a storage unit loses the data before it is put, the data is stored anew, until the timeout.
+
     Raises, with nothing visible: `StaleSampleError` if rows of `metadata` were cleared, `CapacityExceeded` if there is
-    no room until the timeout, `InvalidArgument` for rows that disagree in length or a changed dtype, shared fields
-    without groups or with entries of several forms in one group, `UnknownName` for a shared field that is not in
-    `data`, `EncodeError`.
+    no room until the timeout, `BlockLost` if the data was lost again and again, `InvalidArgument` for rows that
+    disagree in length or a changed dtype, shared fields without groups or with entries of several forms in one group,
+    `UnknownName` for a shared field that is not in `data`, `EncodeError`.
     """
     timeout_s = timeout_seconds(timeout)
     if metadata is not None:
         check_handle(metadata, partition_id, global_step, keys, group_ids)
     groups = None if group_ids is None else tuple(group_of(group) for group in group_ids)
     sharing = _sharing(shared_fields, groups, metadata)
+    tags = one_of("tags", tags, "custom_meta", custom_meta)
     versions = versions_of(policy_version)
     per_row = None if versions is None or versions.ndim == 0 else versions
+    if data_parser is not None and data is not None:
+        data = parsed(data, data_parser)
     num_rows, encoded = _encoded(core, data, sharing)
     if metadata is None:
         partition, step = address(partition_id, global_step)
@@ -123,66 +137,10 @@ def put(
         "group_ids": groups,
         "group_size": group_size,
         "versions": None if versions is None else np.broadcast_to(versions, count).copy(),
+        "is_last": bool(is_last),
     }
-    return (yield from put_rows(core, request, encoded, timeout_s, metadata))
-
-
-def set_custom_meta(core: ClientCore, metadata: BatchMeta) -> Operation[None]:
-    """Merge the tag entries changed in this meta into the rows."""
-    tags = tags_of(metadata.changed_tags())
-    if tags is not None:
-        request = SetTags(indexes=metadata.indexes, generations=metadata.generations, tags=tags)
-        yield from changed(core, request)
-        metadata.mark_tags_sent()
-
-
-def set_policy_version(core: ClientCore, version: int) -> Operation[int]:
-    """The policy has this version from now on, 0 at first; what is put says of which version it is (`policy_version`).
-
-    With `limits.max_staleness`, samples whose version is lower by more than that are not handed out any more: they are
-    dropped as "stale", those that somebody has when they come back, and `audit()` counts them by producer and by their
-    tag "source". Samples that every task of the partition consumed stay until they are cleared. Returns how many were
-    dropped now. Setting the same version again changes nothing; a lower one raises `InvalidArgument`.
-    """
-    return (yield from changed(core, SetVersion(version=whole_number("version", version, least=0))))
-
-
-def seal_group(core: ClientCore, group_id: int | str, partition_id: str | int) -> Operation[None]:
-    """The group gets no more rows: it is complete with those it has."""
-    yield from changed(core, SealGroup(partition_id=partition_name(partition_id), group_id=group_id))
-
-
-def abort_group(
-    core: ClientCore, group_id: int | str, partition_id: str | int, reason: str = "group_aborted"
-) -> Operation[int]:
-    """Drop all rows of the group, accounted under `reason`; later rows for it are refused. Returns their number."""
-    request = AbortGroup(partition_id=partition_name(partition_id), group_id=group_id, reason=reason)
-    return (yield from changed(core, request))
-
-
-def clear(core: ClientCore, global_step: int) -> Operation[int]:
-    """Remove all samples of a step; its window may be used by a later step. Returns their number."""
-    return (yield from _clear(core, *address(None, global_step)))
-
-
-def clear_partition(core: ClientCore, partition_id: str) -> Operation[int]:
-    """Remove a partition with all its samples; an unknown one is no error. Returns the number of samples."""
-    return (yield from _clear(core, *address(partition_id, None)))
-
-
-def clear_samples(core: ClientCore, metadata: BatchMeta) -> Operation[int]:
-    """Remove the rows of the meta. Raises `StaleSampleError`, removing nothing, if any of them is gone already."""
-    if len(metadata) == 0:
-        return 0
-    request = Clear(partition_id=None, global_step=None, indexes=metadata.indexes, generations=metadata.generations)
-    return (yield from changed(core, request))
-
-
-def reset_consumption(core: ClientCore, partition_id: str | int, task_name: str | None = None) -> Operation[bool]:
-    """Give back what the task (None: every task) consumed or reserved in the partition; data stays."""
-    partition, step = address(partition_id, None)
-    yield from changed(core, ResetConsumption(partition_id=partition, global_step=step, task_name=task_name))
-    return True
+    finish = put_handle if metadata is None else functools.partial(_extended, metadata)
+    return (yield from put_rows(core, request, encoded, timeout_s, finish))
 
 
 # ---------------------------------------------------------------- inside
@@ -223,16 +181,41 @@ def put_rows(
     request: dict[str, Any],
     encoded: Sequence[Any] | None,
     timeout_s: float,
-    metadata: BatchMeta | None = None,
-) -> Operation[BatchMeta]:
-    """Store the columns, then commit; a put that raised leaves no space behind."""
-    specs = tuple(column.spec for column in encoded or ())
+    finish: Callable[[Put, PutDone], T],
+) -> Operation[T]:
+    """Store the columns, then commit; a put that raised leaves no space behind. Returns what `finish` makes of it.
+
+    If the storage unit loses what was stored before that is committed, all of it is done again: once at least, and
+    until the deadline.
+    """
+    request = request | {"columns": tuple(column.spec for column in encoded or ())}
     deadline = time.monotonic() + timeout_s
+    plan = plan_block(encoded, request["num_rows"], checked=core.transfer.checksums) if encoded else None
+    again = False
+    while True:
+        try:
+            return (yield from _put_once(core, request, plan, deadline, finish))
+        except BlockLost as error:
+            if again and not _left_s(deadline):
+                raise
+            lost = error.details.get("block")
+        yield from renounce(core.transfer, lost, _left_s(deadline))
+        if again:
+            yield Wait(Future(), _PAUSE_S)
+        again = True
+
+
+def _put_once(
+    core: ClientCore,
+    request: dict[str, Any],
+    plan: BlockPlan | None,
+    deadline: float,
+    finish: Callable[[Put, PutDone], T],
+) -> Operation[T]:
     rest: dict[str, Any] = {"block_id": 0}
     unit = None
-    if encoded:
-        plan = plan_block(encoded, request["num_rows"], checked=core.transfer.checksums)
-        admission = yield from _admission(core, request, plan.size_bytes, timeout_s)
+    if plan is not None:
+        admission = yield from _admission(core, request, plan.size_bytes, _left_s(deadline))
         try:
             unit, block = yield from store(core.transfer, plan, _left_s(deadline))
         except BaseException:
@@ -240,8 +223,8 @@ def put_rows(
                 yield Notify(core.controller, Withdraw(admission=admission))
             raise
         rest = {"block_id": block, "size_bytes": plan.size_bytes, "admission": admission}
-    message = Put(**request, **rest, columns=specs, timeout_s=_left_s(deadline))
-    return (yield from concluded(core.outcomes, lambda request_id: _commit(core, message, unit, metadata, request_id)))
+    message = Put(**request, **rest, timeout_s=_left_s(deadline))
+    return (yield from concluded(core.outcomes, lambda request_id: _commit(core, message, unit, finish, request_id)))
 
 
 def _admission(core: ClientCore, request: dict[str, Any], size_bytes: int, timeout_s: float) -> Operation[int | None]:
@@ -268,8 +251,12 @@ def _left_s(deadline: float) -> float:
 
 
 def _commit(
-    core: ClientCore, message: Put, unit: AnyPeer | None, metadata: BatchMeta | None, request_id: int | None
-) -> Operation[BatchMeta]:
+    core: ClientCore,
+    message: Put,
+    unit: AnyPeer | None,
+    finish: Callable[[Put, PutDone], T],
+    request_id: int | None,
+) -> Operation[T]:
     block = np.array([message.block_id], dtype=np.int64)
     try:
         done: PutDone = yield Call(core.controller, message, message.timeout_s, request_id)
@@ -285,15 +272,9 @@ def _commit(
         if unit is not None:
             yield from settle(core, unit, block)
         raise
-    count, names = message.num_rows, tuple(spec.name for spec in message.columns)
-    blocks = np.full(count, message.block_id, np.int64)
-    written = Location(fields=names, blocks=blocks, slots=np.arange(count, dtype=np.int64))
-    locations = (written,) if names else ()
-    if metadata is None:
-        return _handle(message, done, locations)
-    metadata.mark_tags_sent()
-    metadata.add_columns(fields_of(message.columns), locations_of(locations), done.generations)
-    return metadata
+    if unit is not None:
+        unit.unput.discard(message.block_id)
+    return finish(message, done)
 
 
 def settle(core: ClientCore, unit: AnyPeer, block: Int64s) -> Operation[None]:
@@ -302,9 +283,10 @@ def settle(core: ClientCore, unit: AnyPeer, block: Int64s) -> Operation[None]:
         settled: Settled = yield Call(core.controller, Settle(blocks=block), _SETTLE_S)
         if not settled.committed.any():
             yield Notify(unit, AbortBlocks(blocks=block))
+        unit.unput.difference_update(block.tolist())
 
 
-def _handle(message: Put, done: PutDone, locations: tuple[Location, ...]) -> BatchMeta:
+def put_handle(message: Put, done: PutDone) -> BatchMeta:
     """The put rows, as a draw of them would describe them."""
     drawn = Drawn(
         partition_id=done.partition_id,
@@ -312,7 +294,7 @@ def _handle(message: Put, done: PutDone, locations: tuple[Location, ...]) -> Bat
         generations=done.generations,
         fields=tuple(spec.name for spec in message.columns),
         columns=message.columns,
-        locations=locations,
+        locations=_written(message),
         produced=None,
         keys=message.keys,
         tags=message.tags,
@@ -320,6 +302,19 @@ def _handle(message: Put, done: PutDone, locations: tuple[Location, ...]) -> Bat
         extra_info={},
     )
     return meta_of(drawn)
+
+
+def _extended(metadata: BatchMeta, message: Put, done: PutDone) -> BatchMeta:
+    """The handle that the rows were named by, which knows now what was put."""
+    metadata.mark_tags_sent(message.tags)
+    metadata.add_columns(fields_of(message.columns), locations_of(_written(message)), done.generations)
+    return metadata
+
+
+def _written(message: Put) -> tuple[Location, ...]:
+    names, count = tuple(spec.name for spec in message.columns), message.num_rows
+    blocks = np.full(count, message.block_id, np.int64)
+    return (Location(fields=names, blocks=blocks, slots=np.arange(count, dtype=np.int64)),) if names else ()
 
 
 def new_rows(partition: str | None, step: int | None, count: Any) -> dict[str, Any]:
@@ -346,7 +341,3 @@ def same_rows(metadata: BatchMeta) -> dict[str, Any]:
         )
     named = {"indexes": metadata.indexes, "generations": metadata.generations, "lease_token": metadata.lease_token}
     return rows | named
-
-
-def _clear(core: ClientCore, partition: str | None, step: int | None) -> Operation[int]:
-    return (yield from changed(core, Clear(partition_id=partition, global_step=step, indexes=None, generations=None)))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from transfer_queue.errors import DecodeError, InvalidArgument, TransferQueueError
+from transfer_queue.errors import DecodeError, InvalidArgument, LeaseExpired, TransferQueueError
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import CutDone, Restore
 from transfer_queue.wire.codec import pack_value, unpack_value
@@ -34,17 +34,30 @@ class Cuts:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._holds: dict[int, _Hold] = {}
-        self._numbers = itertools.count(1)
 
     def begin(self, ticket: Ticket, hold_s: float, now: float) -> None:
         """Answer with the state of now. Copying it holds up the queue, making bytes of it does not."""
-        number = next(self._numbers)
+        number = 1 + secrets.randbits(62)  # none that an earlier life of the controller gave out
         state = self._ledger.state()
         self._holds[number] = _Hold(ticket.client_id, ticket.request_id, now + hold_s)
         self._ledger.blocks.copied = True
         threading.Thread(
             target=_answer, args=(ticket, number, state), name="transfer_queue checkpoint", daemon=True
         ).start()
+
+    def keep(self, number: int, hold_s: float, now: float) -> None:
+        """The cut was held until now and is for so long from now. Raises `LeaseExpired` if it was not."""
+        hold = self._holds.get(number)
+        if hold is None:
+            raise LeaseExpired(
+                "the cut of this checkpoint is not held any more, because the controller was started again, or took "
+                "its holder for dead: what was copied may have been overwritten meanwhile; save again"
+            )
+        self._holds[number] = replace(hold, until=max(hold.until, now + hold_s))
+
+    def clients(self) -> set[str]:
+        """Who holds any."""
+        return {hold.client for hold in self._holds.values()}
 
     def end(self, number: int) -> bool:
         """The blocks of a cut were copied; return whether anything may be reused again."""

@@ -8,19 +8,19 @@ journal is kept, what changed is written down before anybody is answered; what c
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-import numpy as np
-
+from transfer_queue.controller.answering import Answers
 from transfer_queue.controller.checkpoint import Cuts, restore
-from transfer_queue.controller.counts import check_counts
 from transfer_queue.controller.keeping import Keeper
 from transfer_queue.controller.units import UnitBook
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded, TransferQueueError
+from transfer_queue.journal.files import REAL_FILES, Files
 from transfer_queue.ledger import Ledger
 from transfer_queue.ledger.asking import ask
 from transfer_queue.ledger.leases import shown
@@ -37,6 +37,8 @@ from transfer_queue.messages import (
     FreeBlocks,
     FreesDone,
     GetAdmission,
+    GetAudit,
+    KeepCut,
     ListUnits,
     Put,
     Reconcile,
@@ -44,9 +46,12 @@ from transfer_queue.messages import (
     Report,
     Request,
     Restore,
+    UnitInfo,
     Units,
+    WaitKeys,
     Withdraw,
 )
+from transfer_queue.messages.journal import UnitGivenUp
 from transfer_queue.wire.requests import RequestTable
 from transfer_queue.wire.ticket import Ticket
 
@@ -79,13 +84,14 @@ class ControllerService:
         """`unit_return_s`: how long a storage unit that is gone may stay away before its data counts as lost."""
         self.requests = RequestTable()
         self._ledger = ledger
+        ledger.serving.keys.feed.life = secrets.token_hex(6)
         self._clock = clock
         self._lock = threading.Lock()
-        self._units = UnitBook()
+        self._units = UnitBook(ledger.blocks)
         self._unit_return_s = unit_return_s
         self._cuts = Cuts(ledger)
-        self._keeper: Keeper | None = None
-        self._broken: TransferQueueError | None = None  # a change could not be written down: nothing is true any more
+        self._reusable = False  # a cut ended, and units were not told yet
+        self._answers = Answers(ledger.records, self.requests)
         self._parked: dict[Hashable, Ticket] = {}
         self._waiting_for_units: list[tuple[float, Ticket]] = []
         self._freeing: list[_Freeing] = []
@@ -95,7 +101,7 @@ class ControllerService:
         """Tell where one-way messages to units go, before the first unit announces itself."""
         self._push = push
 
-    def keep_in(self, folder: Path, *, sync: bool = False) -> None:
+    def keep_in(self, folder: Path, *, sync: bool = False, files: Files = REAL_FILES) -> None:
         """Go on where the journal in this folder ends, and write to it. Before anything is served.
 
         sync   make every change durable on the disk before it is answered; else it outlives the process only
@@ -103,40 +109,52 @@ class ControllerService:
         Raises `JournalDamaged` or `JournalUnavailable`.
         """
         with self._lock:
-            self._keeper = Keeper.open(folder, self._ledger, self._units, self.requests, sync=sync, now=self._clock())
-            self._units.all_away(self._clock())
+            now = self._clock()
+            kept = (self._ledger, self._units, self.requests)
+            self._answers.keeper = Keeper.open(folder, *kept, sync=sync, now=now, files=files)
+            self._units.all_away(now)
 
     def close(self) -> None:
         """Let go of the journal; what is in it stays. May be called twice."""
         with self._lock:
-            keeper, self._keeper = self._keeper, None
-            if keeper is not None:
-                self._broken = ConnectionLost("the controller was closed")
+            keeper = self._answers.end(ConnectionLost("the controller was closed"))
         if keeper is not None:
             keeper.close()
 
     def inspect(self, read: Callable[[Ledger], T]) -> T:
         """Run a function on the ledger under the lock."""
         with self._lock:
-            self._check()
+            self._answers.check()
             try:
                 return read(self._ledger)
             finally:
                 self._follow_up(self._clock())
-                self._flush()
-                self._check()
+                self._answers.flush()
+                self._answers.check()
+
+    def observe(self, read: Callable[[Ledger], T]) -> T:
+        """Run a function that changes nothing on the ledger under the lock, however the journal does."""
+        with self._lock:
+            return read(self._ledger)
+
+    def units_and_journal(self) -> tuple[dict[UnitInfo, bool], dict[str, Any] | None]:
+        """The storage units, with whether they are here now; how the journal does, if one is kept."""
+        with self._lock:
+            units = {info: self._units.channel_of(info.number) is not None for info in self._units.infos()}
+            keeper = self._answers.keeper
+            return units, None if keeper is None else keeper.report()
 
     def ask(self, request: Request) -> Reply:
         """Serve a request that never waits, from within this process."""
         with self._lock:
             now = self._clock()
-            self._check(request)
+            self._answers.check(request)
             try:
-                return ask(self._ledger, request, now)
+                return self._asked(request, now)
             finally:
                 self._follow_up(now)
-                self._flush()
-                self._check()
+                self._answers.flush()
+                self._answers.check()
 
     # ------------------------------------------------------------ what a server calls
 
@@ -145,25 +163,24 @@ class ControllerService:
         with self._lock:
             now = self._clock()
             try:
-                self._check(request, ticket.frames)
+                self._answers.check(request, ticket.frames)
                 reply: Reply | TransferQueueError | None = self._dispatch(request, ticket, now)
             except TransferQueueError as error:
                 reply = error
-            self._note(ticket, reply)
-            orders = self._follow_up(now, ticket)
-            if orders and isinstance(reply, Done) and self._broken is None:
+            orders = self._follow_up(now, ticket, reply)
+            if orders and isinstance(reply, Done):
                 self._freeing.append(_Freeing(now + _FREEING_S, orders, ticket, reply))
             elif reply is not None:
-                self._reply(ticket, reply)
+                self._answers.give(ticket, reply)
 
     def tick(self) -> float | None:
         """Do what is due; return the seconds until something is due again."""
         with self._lock:
             now = self._clock()
+            self._answers.catch_up()
             self._follow_up(now)
             self._reuse(self._cuts.end_overdue(now))
             self._give_up_units(now)
-            self._snapshot_if_due()
             late = [ticket for deadline, ticket in self._waiting_for_units if deadline <= now]
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[0] > now]
             for ticket in late:
@@ -173,7 +190,7 @@ class ControllerService:
             self._answer_freed(now)
             due = [deadline for deadline, _ in self._waiting_for_units] + [entry.deadline for entry in self._freeing]
             due += filter(None, (self._ledger.next_deadline(), self._cuts.next_deadline()))
-            if self._keeper is not None and self._keeper.held_back:
+            if self._answers.retries:
                 due.append(now + _RETRY_S)
             away = self._units.away_since()
             if away is not None:
@@ -197,73 +214,44 @@ class ControllerService:
         with self._lock:
             now = self._clock()
             self._ledger.client_gone(client_id, now)
+            self._ledger.gate.leave(client_id)
             self._reuse(self._cuts.end_of(client_id))
             self._units.leave(client_id, now)
             self._follow_up(now)
 
     def holding(self) -> set[str]:
-        """The clients that hold leases."""
+        """The clients that hold leases, room for a put, or a cut."""
         with self._lock:
-            return self._ledger.leases.clients()
+            return self._ledger.leases.clients() | self._ledger.gate.clients() | self._cuts.clients()
 
     # ------------------------------------------------------------ inside
 
-    def _check(self, request: Request | None = None, frames: Sequence[Any] | None = None) -> None:
-        """Raise if this request is about too much, or what it changes could not be written down."""
-        if request is not None:
-            check_counts(request)
-        if self._broken is not None:
-            raise type(self._broken)(self._broken.message, **self._broken.details)
-        if self._keeper is not None and request is not None:
-            self._keeper.admit(request, frames)
-
-    def _keep(self, ticket: Ticket | None) -> None:
-        if self._keeper is None or self._broken is not None:
-            return
-        try:
-            self._keeper.keep(self._ledger.records.take(), ticket)
-        except TransferQueueError as error:
-            log.error("the journal of the controller failed; nothing is served until it is started again: %s", error)
-            self._broken = error
-
-    def _snapshot_if_due(self) -> None:
-        if self._keeper is not None and self._broken is None:
-            self._keeper.snapshot_if_due()
-
-    def _note(self, ticket: Ticket, reply: Reply | TransferQueueError | None) -> None:
-        """The answer is decided: from now on it is part of every snapshot, whenever it is sent."""
-        if self._keeper is not None and reply is not None and not isinstance(reply, TransferQueueError):
-            self.requests.restore(ticket.client_id, ticket.request_id, ticket.request, reply)
-
-    def _flush(self) -> None:
-        if self._keeper is not None:
-            self._keeper.flush()
-
-    def _reply(self, ticket: Ticket, answer: Reply | TransferQueueError) -> None:
-        """Answer once everything that the answer may tell of is written down for good."""
-        if self._keeper is None or self._broken is not None:
-            ticket.answer(self._broken or answer)
-        else:
-            self._keeper.when_durable(lambda error: ticket.answer(error or answer))
-
-    def _follow_up(self, now: float, ticket: Ticket | None = None) -> list[tuple[int, int]]:
+    def _follow_up(
+        self, now: float, ticket: Ticket | None = None, reply: Reply | TransferQueueError | None = None
+    ) -> list[tuple[int, int]]:
         """Write down what changed, answer whom it satisfied, and tell units what they may reuse.
 
-        `ticket`: of the request that was carried out. Returns what units have to do.
+        `ticket`: of the request that was carried out, with this answer. Returns what units have to do.
         """
-        keeper = self._keeper
+        answers, keeper = self._answers, self._answers.keeper
         if keeper is not None:
             if keeper.held_back:
                 self._ledger.serving.try_all_again()
             keeper.held_back = bool(self._parked) and keeper.short
-        answers = self._ledger.wake(now, serve=keeper is None or not keeper.held_back)
-        self._keep(ticket)
-        parked = [(self._parked.pop(key), answer) for key, answer in answers]
+        served = self._ledger.wake(now, serve=not (answers.halted or (keeper is not None and keeper.held_back)))
+        answers.keep(ticket)
+        if ticket is not None:
+            answers.note(ticket, reply)
+        parked = [(self._parked.pop(key), answer) for key, answer in served]
         for other, answer in parked:
-            self._note(other, answer)
-        self._snapshot_if_due()
+            answers.note(other, answer)
+        answers.snapshot_if_due()
         for other, answer in parked:
-            self._reply(other, answer)
+            answers.give(other, answer)
+        return [] if answers.halted else self._send_orders()
+
+    def _send_orders(self) -> list[tuple[int, int]]:
+        """Tell units what they may reuse; returns (unit number, sequence) of what was sent."""
         orders = []
         for number, order in self._ledger.blocks.take_orders():
             channel = self._units.channel_of(number)
@@ -277,7 +265,7 @@ class ControllerService:
         waiting, self._freeing = self._freeing, []
         for entry in waiting:
             if entry.deadline <= now or all(self._ledger.blocks.confirmed(*order) for order in entry.orders):
-                self._reply(entry.ticket, entry.reply)
+                self._answers.give(entry.ticket, entry.reply)
             else:
                 self._freeing.append(entry)
 
@@ -299,7 +287,9 @@ class ControllerService:
                 self._units.check(request.block_id)
                 return self._park(ticket, self._ledger.put(request, key, shown(ticket.client_id), now))
             case Admit():
-                return self._park(ticket, self._ledger.admit(request, key, shown(ticket.client_id), now))
+                return self._park(ticket, self._ledger.admit(request, key, ticket.client_id, now))
+            case WaitKeys():
+                return self._park(ticket, self._ledger.serving.keys.wait(request, key, now))
             case GetAdmission():
                 return Report(entries=self._ledger.reports.admission(request, shown(ticket.client_id)))
             case ListUnits() if not len(self._units) and request.timeout_s > 0:
@@ -313,11 +303,14 @@ class ControllerService:
             case Announce():
                 return self._announce(request, ticket, now)
             case Reconcile():
-                self._units.agree(request.unit)
+                self._units.check_current(request.unit)
                 return ask(self._ledger, request, now)
             case Cut():
                 self._cuts.begin(ticket, request.hold_s, now)
                 return None
+            case KeepCut():
+                self._cuts.keep(request.hold, request.hold_s, now)
+                return Done()
             case EndCut():
                 self._reuse(self._cuts.end(request.hold))
                 return None
@@ -331,30 +324,43 @@ class ControllerService:
                     self._answer_freed(now)
                 return None
             case _:
-                return ask(self._ledger, request, now)
+                return self._asked(request, now)
+
+    def _asked(self, request: Request, now: float) -> Reply:
+        reply = ask(self._ledger, request, now)
+        if isinstance(request, GetAudit) and isinstance(reply, Report) and self._answers.keeper is not None:
+            return Report(entries=reply.entries | {"journal": self._answers.keeper.report()})
+        return reply
 
     def _announce(self, request: Announce, ticket: Ticket, now: float) -> Announced:
-        unit = self._units.announce(request, ticket.channel, ticket.client_id)
-        self._ledger.records.add(Record(request, now))
-        self._send_again(unit.info.number)
+        replaced = self._units.replaced_by(request)
+        number = self._units.announce(request, ticket.channel, ticket.client_id).info.number
+        if replaced is None:
+            self._ledger.records.add(Record(request, now))
+        else:
+            log.error("storage unit %s came back without its index: what it held is lost", request.unit_id)
+            self._ledger.lose_unit(replaced, now, request)
+        self._send_again(number)
         waiting, self._waiting_for_units = self._waiting_for_units, []
         for _, other in waiting:
             other.answer(self._known_units())
-        return Announced(number=unit.info.number, given_up=unit.given_up)
+        return Announced(number=number, given_up=self._ledger.blocks.given_up(number))
 
     def _give_up_units(self, now: float) -> None:
         """What lies at units that do not come back is lost: its rows are not ready, and `audit` names them."""
         for unit in self._units.overdue(now - self._unit_return_s):
-            unit.given_up = True
             log.error(
                 "storage unit %s is away for %.0f s: what it held is lost", unit.info.unit_id, self._unit_return_s
             )
-            self._ledger.reconcile(Reconcile(unit=unit.info.number, blocks=np.empty(0, np.int64)), now)
+            number = unit.info.number
+            self._ledger.lose_unit(number, now, UnitGivenUp(unit=number))
             self._follow_up(now)
 
     def _reuse(self, again: bool) -> None:
         """If units may reuse bytes again, tell them what they were not told, or may have missed."""
-        if again:
+        self._reusable |= again
+        if self._reusable and not self._answers.halted:
+            self._reusable = False
             self._ledger.blocks.take_orders()
             for unit in self._units.infos():
                 self._send_again(unit.number)
@@ -371,9 +377,9 @@ class ControllerService:
             self._ledger.blocks.check_new(block)
         before = self._ledger.state()
         done = Done(count=restore(self._ledger, request))
-        if self._keeper is not None:
+        if self._answers.keeper is not None:
             try:
-                self._keeper.replace(ticket, done, now)
+                self._answers.keeper.replace(ticket, done, now)
             except TransferQueueError:
                 self._ledger.load(before)
                 self._ledger.blocks.take_orders()  # to free what is needed again

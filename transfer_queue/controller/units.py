@@ -6,32 +6,41 @@ from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transfer_queue.errors import InvalidArgument, LeaseExpired
+from transfer_queue.errors import CapacityExceeded, InvalidArgument
+from transfer_queue.ledger.blocks import BlockBook
 from transfer_queue.messages import UNIT_SHIFT, Announce, UnitInfo
 
 _FIELDS = tuple(field.name for field in fields(UnitInfo))
+_MOST_NUMBERS = (1 << 63 - UNIT_SHIFT) - 1
 
 
 @dataclass
 class Unit:
     """One unit: where it is, by which channel it listens, and since when it does not (None: it does).
 
-    given_up   it was away for so long that its data counts as lost
+    life   names its index; one that comes back with another has nothing of what it stored
     """
 
     info: UnitInfo
+    life: str
     channel: Hashable | None
     client: str = ""  # its name on the wire
     away_since: float | None = None
-    given_up: bool = False
 
 
 class UnitBook:
-    """Units by number. A unit that returns under its id keeps its number."""
+    """Units by number, which is part of the id of each of their blocks.
 
-    def __init__(self) -> None:
+    A unit that returns under its id with its index keeps its number. One that returns without it gets the next number,
+    and nobody ever has the old one again: its blocks are not mistaken for those of before. Whose data counts as lost
+    because they are away for too long, `blocks` knows.
+    """
+
+    def __init__(self, blocks: BlockBook) -> None:
+        self._blocks = blocks
         self._by_id: dict[str, Unit] = {}
         self._by_number: dict[int, Unit] = {}
+        self._numbers = 0  # given out so far
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -40,17 +49,16 @@ class UnitBook:
         return tuple(unit.info for unit in self._by_id.values())
 
     def check(self, block: int) -> None:
-        """Raise for a block of a unit that never announced itself, or that was given up."""
-        if not block:
-            return
+        """Raise `InvalidArgument` for a block of a unit that never announced itself, `BlockLost` for a lost one."""
         number = block >> UNIT_SHIFT
-        unit = self._by_number.get(number)
-        if unit is None:
+        if block and not 1 <= number <= self._numbers:
             raise InvalidArgument(f"block {block} names storage unit {number}, which this session does not have")
-        if unit.given_up:
-            raise LeaseExpired(
-                f"storage unit {unit.info.unit_id!r} was given up while block {block} was written to it: put again"
-            )
+        self._blocks.refused.check(block)
+
+    def check_current(self, number: int) -> None:
+        """Raise for a number that no unit has, or that it has no longer."""
+        if number not in self._by_number:
+            raise InvalidArgument(f"no storage unit has number {number} now")
 
     def number_of(self, unit_id: str) -> int | None:
         """The number of a unit; None if it never announced itself."""
@@ -62,11 +70,6 @@ class UnitBook:
         for unit in self._by_id.values():
             if unit.client == client and unit.away_since is None:
                 unit.channel, unit.away_since = None, now
-
-    def agree(self, number: int) -> None:
-        """A unit says what it holds: its data counts again."""
-        if number in self._by_number:
-            self._by_number[number].given_up = False
 
     def all_away(self, now: float) -> None:
         """The controller was started again: no unit listens until it announces itself."""
@@ -82,26 +85,39 @@ class UnitBook:
         return min((unit.away_since for unit in self._away() if unit.away_since is not None), default=None)
 
     def _away(self) -> list[Unit]:
-        return [unit for unit in self._by_id.values() if unit.away_since is not None and not unit.given_up]
+        away = (unit for unit in self._by_id.values() if unit.away_since is not None)
+        return [unit for unit in away if not self._blocks.given_up(unit.info.number)]
 
-    def state(self) -> list[Any]:
+    def state(self) -> dict[str, Any]:
         """All units as plain values, for `load`."""
-        return [[unit.given_up, *(getattr(unit.info, name) for name in _FIELDS)] for unit in self._by_id.values()]
+        units = [[unit.life, *(getattr(unit.info, name) for name in _FIELDS)] for unit in self._by_id.values()]
+        return {"numbers": self._numbers, "units": units}
 
-    def load(self, state: list[Any]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Know the units that another book knew; they listen nowhere until they announce themselves."""
-        for given_up, *values in state:
+        self._numbers = state["numbers"]
+        for life, *values in state["units"]:
             info = UnitInfo(**dict(zip(_FIELDS, values, strict=True)))
-            self._by_id[info.unit_id] = self._by_number[info.number] = Unit(info, None, given_up=given_up)
+            self._by_id[info.unit_id] = self._by_number[info.number] = Unit(info, life, None)
 
     def channel_of(self, number: int) -> Hashable | None:
         unit = self._by_number.get(number)
         return None if unit is None else unit.channel
 
-    def announce(self, request: Announce, channel: Hashable | None, client: str = "") -> Unit:
-        """Note that a unit listens at `channel`."""
+    def replaced_by(self, request: Announce) -> int | None:
+        """The number that a unit has until it announces itself like this: without the index that it had."""
         known = self._by_id.get(request.unit_id)
-        number = len(self._by_id) + 1 if known is None else known.info.number
+        return None if known is None or known.life == request.life else known.info.number
+
+    def announce(self, request: Announce, channel: Hashable | None, client: str = "") -> Unit:
+        """Note that a unit listens at `channel`. Raises `CapacityExceeded` if there are no numbers left."""
+        known = self._by_id.get(request.unit_id)
+        if known is not None and known.life == request.life:
+            number = known.info.number
+        elif self._numbers < _MOST_NUMBERS:
+            number = self._numbers = self._numbers + 1
+        else:
+            raise CapacityExceeded(f"all {_MOST_NUMBERS} numbers for storage units are used up")
         info = UnitInfo(
             number=number,
             unit_id=request.unit_id,
@@ -111,7 +127,7 @@ class UnitBook:
             nonce=request.nonce,
             curve_key=request.curve_key,
         )
-        if known is None:
-            known = self._by_id[request.unit_id] = self._by_number[number] = Unit(info, channel)
-        known.info, known.channel, known.client, known.away_since = info, channel, client, None
-        return known
+        if known is not None:
+            del self._by_number[known.info.number]
+        unit = self._by_id[request.unit_id] = self._by_number[number] = Unit(info, request.life, channel, client)
+        return unit

@@ -138,11 +138,11 @@ class Journal:
             segment = self._space.place(record_bytes(len(payload)), essential=essential)
             return segment.put(payload, None if self._group is None else self._group.durable)
 
-    def check_room(self, size_bytes: int) -> None:
-        """Raise as `append` if an ordinary record of so many bytes could not be appended now."""
+    def check_room(self, size_bytes: int, *, essential: bool = False) -> None:
+        """Raise as `append` if a record of so many bytes could not be appended now."""
         self._check_owner()
         with self._changed:
-            self._space.place(record_bytes(size_bytes), essential=False)
+            self._space.place(record_bytes(size_bytes), essential=essential)
 
     def when_durable(self, done: Callable[[BaseException | None], None]) -> None:
         """Call `done(None)` once all that was appended so far is durable, or `done(error)` if that has failed.
@@ -187,6 +187,10 @@ class Journal:
             return SnapshotWriter(
                 self._space.last_sequence, self._space.number, lambda writer, parts: self._write(writer, parts, at)
             )
+
+    def postpone_snapshot(self) -> None:
+        """One could not be written: none is wanted before some more is appended."""
+        self._retry_at = self._space.used_bytes + self._sizes.reserve_bytes // 4
 
     def close(self) -> None:
         """Make durable what was appended, wait for a snapshot that is being written, and let go. The files stay.
@@ -264,7 +268,7 @@ class Journal:
             except OSError as error:
                 if isinstance(error, TransferQueueError):
                     raise
-                self._retry_at = self._space.used_bytes + self._sizes.reserve_bytes // 4
+                self.postpone_snapshot()
                 raise failure(error, self._folder, "a snapshot of the journal", file.size_bytes) from error
             self._snapshot_at, self._snapshot_size, self._retry_at = at, file.size_bytes, 0
             file.remove_older(writer.sequence, writer.segment)

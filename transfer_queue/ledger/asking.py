@@ -12,6 +12,7 @@ from transfer_queue.messages import (
     Drop,
     GetAudit,
     GetExplanation,
+    GetKeys,
     GetStatus,
     Leased,
     ListPartitions,
@@ -68,6 +69,8 @@ def ask(ledger: Ledger, request: Request, now: float) -> Reply:
             return ledger.reconcile(request, now)
         case GetStatus():
             return ledger.reports.status(request)
+        case GetKeys():
+            return ledger.serving.keys.listing(request)
         case GetAudit():
             return Report(entries=ledger.reports.audit(request.partition_id))
         case GetExplanation():

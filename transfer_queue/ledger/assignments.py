@@ -1,11 +1,15 @@
-"""Draws split over data-parallel ranks: who got which slice, until all have theirs and the rows are cleared."""
+"""Draws split over data-parallel ranks: who got which slice, until all have theirs and the rows are cleared.
+
+A batch that a sampler keeps for one rank is such a draw with one slice: it is reserved from the moment at which it is
+dealt, consumed when the rank has it, handed out again, and forgotten when a row of it is cleared.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +21,8 @@ from transfer_queue.ledger.table import Handle, RowTable
 from transfer_queue.messages import Draw
 
 Int64s: TypeAlias = NDArray[np.int64]
-Key: TypeAlias = tuple[str, Hashable, int]  # ("named", dp_group_id, batch_index) or ("counted", None, number)
+Key: TypeAlias = tuple[str, Hashable, Any]
+"""("named", dp_group_id, batch_index), ("counted", None, number) or ("kept", dp_rank, batch_index)."""
 
 REMEMBERED = 1024
 """How many cleared assignments of a task are remembered, so that a late rank gets an error and not new rows."""
@@ -70,10 +75,14 @@ class Turns:
 
 
 class Assignments:
-    """All assignments, by partition, task and group. A group without a name is numbered by each rank's own count."""
+    """All assignments, by partition, task and group. A group without a name is numbered by each rank's own count.
 
-    def __init__(self, table: RowTable) -> None:
+    `forgotten(partition, task, dp_rank, batch_index)` is told of each kept batch that cannot be handed out again.
+    """
+
+    def __init__(self, table: RowTable, forgotten: Callable[[str, str, Any, Any], None]) -> None:
         self._table = table
+        self._forgotten = forgotten
         self.by_task: dict[tuple[str, str], dict[Key, Assignment]] = {}
         self.turns: dict[tuple[str, str, int], Turns] = {}
         self.cleared: dict[str, deque[tuple[str, Key]]] = {}
@@ -86,6 +95,8 @@ class Assignments:
         """
         key = self._key(partition, draw.task_name, split)
         found = self.by_task.get((partition, draw.task_name), {}).get(key)
+        if split.kept:
+            return found
         if found is None:
             if (partition, key) in self.cleared.get(draw.task_name, ()):
                 self._came_too_late(partition, draw, split)
@@ -160,16 +171,23 @@ class Assignments:
         return [(task, assignment) for task, book in books for assignment in book.values()]
 
     def forget_cleared(self, partition: str) -> None:
-        """Forget the assignments of which no row is left, all but their names."""
+        """Forget the assignments of which no row is left, all but their names, and kept batches that lack a row."""
         for task, assignment in self.of_partition(partition):
-            if not self._table.fresh(*assignment.chosen).any():
+            fresh = self._table.fresh(*assignment.chosen)
+            if assignment.key[0] == "kept":
+                if assignment.broken or not fresh.all():
+                    del self.by_task[partition, task][assignment.key]
+                    self._forgotten(partition, task, *assignment.key[1:])
+            elif not fresh.any():
                 del self.by_task[partition, task][assignment.key]
                 self.cleared.setdefault(task, deque(maxlen=REMEMBERED)).append((partition, assignment.key))
 
     def forget(self, partition: str, task: str | None = None) -> None:
         """Drop all assignments of a partition, of one task or of all."""
         for book in [k for k in self.by_task if k[0] == partition and task in (None, k[1])]:
-            del self.by_task[book]
+            for kind, *kept in self.by_task.pop(book):
+                if kind == "kept":
+                    self._forgotten(*book, *kept)
         for turns in [k for k in self.turns if k[0] == partition and task in (None, k[1])]:
             del self.turns[turns]
         for name in [name for name in self.cleared if task in (None, name)]:  # counts start again, names do not
@@ -177,6 +195,8 @@ class Assignments:
             self.cleared[name] = deque(kept, maxlen=REMEMBERED)
 
     def _key(self, partition: str, task: str, split: Split) -> Key:
+        if isinstance(split.group, tuple):
+            return ("kept", split.group[0], split.batch_index)
         if split.group is not None:
             return ("named", split.group, split.batch_index)
         turns = self.turns.get((partition, task, split.rank))

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import InvalidArgument, LeaseExpired
+from transfer_queue.errors import InvalidArgument
+from transfer_queue.ledger.refused import Refused
 from transfer_queue.messages import UNIT_SHIFT, FreeBlocks
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -51,7 +52,7 @@ class BlockBook:
     def __init__(self) -> None:
         self.cells: dict[int, int] = {}
         self.put: dict[int, tuple[int, int]] = {}  # (rows, cells) of a block when it was put
-        self.aborted: set[int] = set()
+        self.refused = Refused()
         self._freed: dict[int, Freed] = {}
         self.orders: dict[int, Orders] = {}
         self._unsent: list[tuple[int, FreeBlocks]] = []
@@ -69,21 +70,25 @@ class BlockBook:
             self._freed_at(block).blocks.append(block)
 
     def check_new(self, block: int) -> None:
-        """Raise for a block that was put before, or given up because its writer was gone."""
+        """Raise for a block that was put before (`InvalidArgument`), or that is refused (`BlockLost`)."""
         if block in self.cells:
             raise InvalidArgument(f"block {block} holds the data of an earlier put; every put needs a block of its own")
-        if block in self.aborted:
-            raise LeaseExpired(f"block {block} was given up: its writer was taken for dead; put again")
+        self.refused.check(block)
 
     def settle(self, blocks: Int64s) -> Int64s:
         """Which of these blocks are in use (1)? The others are refused from now on (0)."""
         committed = self.holds(blocks)
-        self.aborted.update(blocks[committed == 0].tolist())
+        self.refused.lose(blocks[committed == 0].tolist())
         return committed
 
     def holds(self, blocks: Int64s) -> Int64s:
         """[n] 0/1: which of these blocks are in use."""
         return np.array([block in self.cells for block in blocks.tolist()], dtype=np.int64)
+
+    def held(self, blocks: Int64s) -> Int64s:
+        """[n] which of these blocks are in use (1), are not (0), and never will be (-1)."""
+        found = (1 if block in self.cells else -self.refused.has(block) for block in blocks.tolist())
+        return np.fromiter(found, np.int64)
 
     def of_unit(self, unit: int) -> Int64s:
         """The blocks in use that lie at a unit."""
@@ -101,9 +106,20 @@ class BlockBook:
         self.close_orders()
 
     def lose(self, blocks: Int64s) -> None:
-        """The bytes of these blocks are gone; there is nothing to free."""
+        """The bytes of these blocks are gone; there is nothing to free, and nobody can put them again."""
         for block in blocks.tolist():
             del self.cells[block], self.put[block]
+        self.refused.lose(blocks.tolist())
+
+    def given_up(self, unit: int) -> bool:
+        """Whether all that a unit stores counts as lost."""
+        return unit in self.refused.units
+
+    def lose_unit(self, unit: int, *, for_good: bool) -> None:
+        """Nothing of a unit is in use any more, and nothing that was written to it so far ever will be."""
+        self.refused.lose_unit(unit, for_good=for_good)
+        if for_good:
+            self.orders.pop(unit, None)
 
     def overwrite(self, blocks: Int64s) -> None:
         """One cell of each entry was written anew elsewhere."""

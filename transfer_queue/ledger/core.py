@@ -20,9 +20,9 @@ from transfer_queue.ledger.blocks import BlockBook
 from transfer_queue.ledger.drawing import Asker, Drawing
 from transfer_queue.ledger.gate import Gate
 from transfer_queue.ledger.leases import Lease, LeaseBook
-from transfer_queue.ledger.limits import Limits, Usage
+from transfer_queue.ledger.limits import Limits
 from transfer_queue.ledger.lookup import Lookup
-from transfer_queue.ledger.losing import reconcile
+from transfer_queue.ledger.losing import lose_unit, reconcile
 from transfer_queue.ledger.putting import Putting
 from transfer_queue.ledger.records import Record, Records
 from transfer_queue.ledger.removing import CLEARED, Removing
@@ -71,7 +71,7 @@ from transfer_queue.messages import (
     Settled,
     SetVersion,
 )
-from transfer_queue.messages.journal import LeaseEnded, Resumed, SamplerGiven
+from transfer_queue.messages.journal import LeaseEnded, Resumed, SamplerGiven, UnitGivenUp
 from transfer_queue.samplers import BaseSampler
 from transfer_queue.samplers.registry import SamplerLike
 
@@ -101,7 +101,7 @@ class Ledger:
             raise InvalidArgument(f"max_staleness must be a whole number of at least 0, not {max_staleness!r}")
         ring = (global_batch_size * num_n_samples, num_global_batch) if global_batch_size else (0, 0)
         limits = limits if isinstance(limits, Limits) else Limits(**(limits or {}))
-        self._rows = Rows(*ring, Usage(limits) if limits else None)
+        self._rows = Rows(*ring, limits)
         self.gate = Gate(self._rows)
         self._waiting = WaitingRoom()
         self._versions = Versions(self._rows, max_staleness)
@@ -200,11 +200,14 @@ class Ledger:
 
     def reconcile(self, request: Reconcile, now: float) -> Reconciled:
         """A unit came back with these blocks: rows of those it lost are not ready any more."""
-        reconciled, hurt = reconcile(self._rows, request.unit, request.blocks)
-        for name in hurt:
-            self._stirred.stir(name)
+        reconciled = reconcile(self._rows, request, self._stirred)
         self.serving.note(Record(request, now))
         return reconciled
+
+    def lose_unit(self, unit: int, now: float, by: object) -> None:
+        """What a unit stores is lost: by `UnitGivenUp`, or by an `Announce` without its index, for which it is new."""
+        lose_unit(self._rows, unit, self._stirred, for_good=not isinstance(by, UnitGivenUp))
+        self.serving.note(Record(by, now))
 
     # ------------------------------------------------------------ consuming
 
@@ -277,15 +280,16 @@ class Ledger:
         """Remove the named rows, or a partition with its name. Unknown partitions: nothing to do."""
         if request.indexes is not None:
             count = self._removing.clear(request.indexes, request.generations)
-            self.serving.note(Record(request, now))
-            return count
-        partition = self._rows.partitions.get(self._rows.name(request.partition_id, request.global_step))
-        if partition is None:
+        elif (partition := self._rows.known(request.partition_id, request.global_step)) is None:
             return 0
-        count = self._removing.remove(partition, partition.rows(), CLEARED)
-        self._drawing.assignments.forget(partition.name)
-        self.serving.settle_draws(partition.name, None)
-        self._rows.drop_partition(partition)
+        elif request.keys is not None:
+            count = self._removing.clear_keys(partition, request.keys)
+        else:
+            self._drawing.samplers.clear_caches(partition.name)
+            count = self._removing.remove(partition, partition.rows(), CLEARED)
+            self._drawing.assignments.forget(partition.name)
+            self.serving.settle_draws(partition.name, None)
+            self._rows.drop_partition(partition)
         self.serving.note(Record(request, now))
         return count
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import InvalidArgument, WrongType
+from transfer_queue.errors import InvalidArgument, SamplerError, TransferQueueError, WrongType
 from transfer_queue.ledger.assignments import Assignment, Assignments
+from transfer_queue.ledger.caching import KeptBatches
 from transfer_queue.ledger.leasing import Leasing, checked_duration
 from transfer_queue.ledger.lookup import Lookup
 from transfer_queue.ledger.partition import Partition
@@ -19,6 +20,7 @@ from transfer_queue.ledger.selection import Plan, SamplerBook, Split
 from transfer_queue.ledger.table import Handle
 from transfer_queue.messages import Draw, Drawn
 from transfer_queue.samplers.registry import SamplerLike
+from transfer_queue.samplers.states import Batch, batch_of
 
 Int64s: TypeAlias = NDArray[np.int64]
 
@@ -67,7 +69,7 @@ class Drawing:
         self._rows = rows
         self._lookup = lookup
         self.samplers = SamplerBook(sampler, num_n_samples)
-        self.assignments = Assignments(rows.table)
+        self.assignments = Assignments(rows.table, self.samplers.forget_kept)
         self.reserving = Reserving(rows.table, self.assignments)
         self.leasing = Leasing(rows, self.assignments, self.reserving, max_deliveries)
 
@@ -98,6 +100,8 @@ class Drawing:
             return None
         split = plan.split
         assignment = None if split is None else self.assignments.find(name, draw, split)
+        if split is not None and split.kept:
+            return self._attempt_kept(draw, plan, partition, split, assignment, asker)
         bounds = None
         if assignment is None:
             chosen = self._select(draw, plan, partition)
@@ -113,12 +117,128 @@ class Drawing:
         taken = self._take_slice(draw, partition, choice, split, assignment, asker)
         return None if taken is None else (choice, *taken)
 
+    def _attempt_kept(
+        self,
+        draw: Draw,
+        plan: Plan,
+        partition: Partition,
+        split: Split,
+        before: Assignment | None,
+        asker: Asker,
+    ) -> tuple[Choice, Drawn, DrawRecord] | None:
+        """The same for one rank of a sampler that may keep batches; it keeps nothing of what is not served."""
+        kept = KeptBatches(plan.sampler, partition.name, draw.task_name, split.batch_index)
+        try:
+            chosen = self._select(draw, plan, partition, before)
+            taken = None if chosen is None else self._take_kept(draw, plan, partition, (kept, before), chosen, asker)
+        except TransferQueueError:
+            kept.put_back()
+            raise
+        if taken is None:
+            kept.put_back()
+        return taken
+
+    def _take_kept(
+        self,
+        draw: Draw,
+        plan: Plan,
+        partition: Partition,
+        known: tuple[KeptBatches, Assignment | None],
+        chosen: tuple[Int64s, Int64s],
+        asker: Asker,
+    ) -> tuple[Choice, Drawn, DrawRecord] | None:
+        split, (kept, before), whole = plan.split, known, plan.sampler_state()
+        assert split is not None and isinstance(split.group, tuple)
+        if before is not None and chosen[0] is before.chosen.rows:
+            choice = Choice(*chosen, split, sampler_state=None if whole is None else {"kept": [], "whole": whole})
+            again = self._take_slice(draw, partition, choice, split, before, asker)
+            return None if again is None else (choice, *again)
+        if not self.samplers.has_cached_result(plan, draw, partition.name):
+            choice = Choice(*chosen, sampler_state=whole)
+            return choice, *self._take(draw, partition, choice, asker)
+        if before is not None and before.leased:
+            raise SamplerError(f"sampler {plan.sampler!r} chose another batch for a rank that has a lease of the last")
+        state = {"kept": kept.changed(split.group[0]), "whole": whole}
+        choice = Choice(*chosen, split, [0, len(chosen[0])], state)
+        made = self._deal(draw, partition, choice, split, before, asker)
+        return None if made is None else (choice, *made)
+
+    def _deal(
+        self,
+        draw: Draw,
+        partition: Partition,
+        choice: Choice,
+        split: Split,
+        before: Assignment | None,
+        asker: Asker,
+    ) -> tuple[Drawn, DrawRecord] | None:
+        """Hand a new batch out, and reserve what the sampler keeps for other ranks beside it."""
+        if before is not None:
+            self.reserving.give_up(partition, draw.task_name, before)
+        taken = self._take_slice(draw, partition, choice, split, None, asker)
+        kept: list[tuple[Any, Any]] = (choice.sampler_state or {})["kept"]
+        for rank, value in kept:
+            share = batch_of(value)
+            if (rank,) != split.group and share is not None:
+                self._reserve_share(draw, partition, Split(0, 1, (rank,), split.batch_index), share)
+        if taken is not None:
+            taken[1].stirs |= before is not None or len(kept) > 1
+        return taken
+
+    def _reserve_share(self, draw: Draw, partition: Partition, split: Split, share: Batch) -> None:
+        """Reserve a batch that was dealt to a rank before it asked, unless it is another's or not ready."""
+        rows, consumed = (np.array(indexes, np.int64) for indexes in share)
+        if len(rows) == 0 or not self._may_take(draw, partition, np.concatenate([rows, consumed])):
+            return
+        old = self.assignments.find(partition.name, draw, split)
+        if old is not None and old.leased:
+            return
+        if old is not None:
+            self.reserving.give_up(partition, draw.task_name, old)
+        made = self.assignments.form(partition, draw, split, rows, consumed, [0, len(rows)])
+        self.reserving.reserve(partition, draw.task_name, made.held.rows)
+
+    def _may_take(self, draw: Draw, partition: Partition, rows: Int64s) -> bool:
+        table = self._rows.table
+        own = bool(partition.owns(rows).all())
+        return own and bool(table.available(rows, draw.fields, table.task(draw.task_name)).all())
+
+    def end_of_stream(self, draw: Draw, plan: Plan, name: str) -> Drawn | None:
+        """An answer without rows, if no more come and those that the task did not consume are too few for this draw.
+
+        Its `extra_info` says so, and how many are `left`: a draw of fewer may still get them.
+        """
+        partition = self._rows.partitions.get(name)
+        if partition is None or not partition.sealed:
+            return None
+        if plan.split is not None and self.assignments.find(name, draw, plan.split) is not None:
+            return None  # the rows of this batch are chosen, and wait for their fields
+        rows = partition.rows()
+        left = len(rows) - int(self._rows.table.task(draw.task_name).consumed[rows].sum())
+        if left >= plan.least:
+            ready = partition.ready_set(draw.task_name, draw.fields)
+            if plan.group_size is None or len(ready) < left:  # those that are not ready may make groups whole
+                return None
+        extra = {"end_of_stream": True, "left": left}
+        return self._lookup.describe(name, rows[:0], draw.fields, [partition], extra_info=extra)
+
     def redo(self, draw: Draw, partition: Partition, choice: Choice, asker: Asker) -> tuple[Drawn, DrawRecord] | None:
         """Make a draw again that was made before, with the same choice."""
         if choice.split is None:
             return self._take(draw, partition, choice, asker)
         assignment = self.assignments.find(partition.name, draw, choice.split)
+        if choice.split.kept and choice.bounds is not None:
+            return self._deal(draw, partition, choice, choice.split, assignment, asker)
         return self._take_slice(draw, partition, choice, choice.split, assignment, asker)
+
+    def remember(self, draw: Draw, partition: str, choice: Choice) -> None:
+        """Note what the sampler kept after a draw that is made again."""
+        state = choice.sampler_state
+        if state is None or choice.split is None or not choice.split.kept:
+            self.samplers.restore(draw, state)
+        else:
+            self.samplers.restore_kept(draw, partition, choice.split.batch_index, state["kept"])
+            self.samplers.restore(draw, state["whole"])
 
     def _take(self, draw: Draw, partition: Partition, choice: Choice, asker: Asker) -> tuple[Drawn, DrawRecord]:
         rows, consumed = choice.rows, choice.consumed
@@ -133,11 +253,13 @@ class Drawing:
         taken = Handle(rows, drawn.generations) if consumed is rows else self._rows.table.handle(consumed)
         return drawn, DrawRecord(partition.name, task, taken, lease_token=drawn.lease_token)
 
-    def _select(self, draw: Draw, plan: Plan, partition: Partition) -> tuple[Int64s, Int64s] | None:
+    def _select(
+        self, draw: Draw, plan: Plan, partition: Partition, before: Assignment | None = None
+    ) -> tuple[Int64s, Int64s] | None:
         ready = partition.ready_set(draw.task_name, draw.fields)
-        if len(ready) < plan.least:
+        if len(ready) < plan.least and not plan.pairs:
             return None
-        return self.samplers.select(plan, draw, ready, self._rows.table)
+        return self.samplers.select(plan, draw, ready, self._rows.table, before)
 
     def _take_slice(
         self,
@@ -163,7 +285,8 @@ class Drawing:
         leased = split.rank in assignment.leased
         replayed = self.assignments.serve(partition.name, task, split, assignment, leased=leased)
         nothing = self._rows.table.handle(rows[:0])
-        record = DrawRecord(partition.name, task, nothing, split, assignment, choice.bounds is not None)
+        stirs = choice.bounds is not None and not split.kept
+        record = DrawRecord(partition.name, task, nothing, split, assignment, stirs)
         record.lease_token = assignment.leased[split.rank] if leased and not leased_before else None
         if not was_complete and not assignment.missing:
             record.stirs |= self.reserving.complete(partition, task, assignment)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transfer_queue.errors import CapacityExceeded, InvalidArgument
+from transfer_queue.ledger.leases import shown
 from transfer_queue.ledger.limits import ADMIT_FROM_BYTES, Claim, Limit
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.messages import Admit, Put
@@ -35,13 +36,12 @@ class Gate:
 
         Room that was kept for the put is not kept any more: it is to be carried out now, or waits as any other.
         """
-        count = self._new_rows(request, name)
-        claim = Claim(name, client, count, request.size_bytes)
+        claim = self._claim(request, name, client)
         admission = request.admission if isinstance(request, Put) else None
         admitted = admission is not None and self._usage is not None and self._usage.use(admission, claim)
-        if count == 0:
+        if claim.samples == 0:
             return None
-        window = self._rows.room(name, count)
+        window = self._rows.room(name, claim.samples)
         if window is not None or self._usage is None:
             return window
         self._usage.check(claim)
@@ -67,14 +67,23 @@ class Gate:
         return self._usage is not None and self._usage.room_made
 
     def admit(self, request: Admit, name: str, client: str, now: float) -> int:
-        """Keep room for the put; returns what it has to come with, 0 if it needs none."""
+        """Keep room for the put of a client; returns what it has to come with, 0 if it needs none."""
         claim = self._claim(request, name, client)
-        return 0 if self._usage is None or not claim.samples else self._usage.admit(claim, now)
+        return 0 if self._usage is None or not claim.samples else self._usage.admit(claim, now, client)
 
     def withdraw(self, admission: int) -> None:
         """The put that was admitted will not come."""
         if self._usage is not None:
             self._usage.withdraw(admission)
+
+    def leave(self, client: str) -> None:
+        """The client is gone, and none of its puts that were admitted will come."""
+        if self._usage is not None:
+            self._usage.leave(client)
+
+    def clients(self) -> set[str]:
+        """Who has room kept for a put."""
+        return set() if self._usage is None else self._usage.admissions.clients()
 
     def expire(self, now: float) -> None:
         """End the admissions that are overdue."""
@@ -83,7 +92,7 @@ class Gate:
 
     def next_deadline(self) -> float | None:
         """When the first admission ends."""
-        return None if self._usage is None else self._usage.next_expiry()
+        return None if self._usage is None else self._usage.admissions.next_expiry()
 
     def state(self) -> dict[str, Any] | None:
         """What counts against limits; None if there are none."""
@@ -105,7 +114,9 @@ class Gate:
         return CapacityExceeded(f"no capacity for step {self._rows.step_of(name)}{after}: the ring waits for {window}")
 
     def _claim(self, request: Put | Admit, name: str, client: str) -> Claim:
-        return Claim(name, client, self._new_rows(request, name), request.size_bytes)
+        """`client`: of an `Admit` the one that will put, of a `Put` the producer it counts for."""
+        producer = shown(client) if isinstance(request, Admit) else client
+        return Claim(name, producer, self._new_rows(request, name), request.size_bytes)
 
     def _new_rows(self, request: Put | Admit, name: str) -> int:
         if isinstance(request, Put) and request.indexes is not None:

@@ -14,6 +14,9 @@ from transfer_queue.ledger.bits import OrderedBits
 
 Int64s: TypeAlias = NDArray[np.int64]
 
+REMEMBERED = 1 << 14
+"""How many aborted groups of a partition are remembered: a row that comes for an earlier one begins a new group."""
+
 
 @dataclass
 class Group:
@@ -36,7 +39,7 @@ class GroupTable:
     def __init__(self) -> None:
         self._by_id: dict[Hashable, Group] = {}
         self._by_number: dict[int, Group] = {}
-        self.aborted: set[Hashable] = set()
+        self.aborted: dict[Hashable, None] = {}  # the last ones, in the order in which they were aborted
         self.holes: Int64s = np.empty(0, dtype=np.int64)  # ordinals dropped from groups by position, ascending
         self.next_number = 0
 
@@ -102,7 +105,9 @@ class GroupTable:
 
     def abort(self, group_id: Hashable) -> Group:
         group = self._known(group_id)
-        self.aborted.add(group_id)
+        self.aborted[group_id] = None
+        if len(self.aborted) > REMEMBERED:
+            del self.aborted[next(iter(self.aborted))]
         return group
 
     def leave_out(self, ordinals: Int64s) -> None:
@@ -125,12 +130,12 @@ class GroupTable:
         missing = np.searchsorted(self.holes, (blocks + 1) * size) - np.searchsorted(self.holes, blocks * size)
         return np.where(missing < size, size - missing, -1)
 
-    def load(self, groups: list[Group], aborted: set[Hashable], next_number: int, holes: Int64s) -> None:
+    def load(self, groups: list[Group], aborted: list[Hashable], next_number: int, holes: Int64s) -> None:
         """Become a table with these groups, in order of their numbers."""
         self.holes = holes
         self._by_id = {group.group_id: group for group in groups}
         self._by_number = {group.number: group for group in groups}
-        self.aborted, self.next_number = aborted, next_number
+        self.aborted, self.next_number = dict.fromkeys(aborted), next_number
 
     def remove(self, numbers: Int64s, ordinals: Int64s) -> None:
         """Forget cleared rows; a group without rows is forgotten with its last one."""

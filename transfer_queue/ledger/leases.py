@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -75,6 +75,8 @@ class LeaseBook:
         self.open: dict[int, Lease] = {}
         self.ended: OrderedDict[int, str] = OrderedDict()
         self.next_token = 1
+        self.ended_by: Counter[str] = Counter()  # leases that ended since this book was made, by how
+        self.redelivered: Counter[str] = Counter()  # rows handed out again after a lease had run out, by task
         self._deadlines: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
@@ -92,6 +94,7 @@ class LeaseBook:
     def end(self, lease: Lease, how: str) -> None:
         self.open.pop(lease.token, None)
         self.ended[lease.token] = how
+        self.ended_by[how] += 1
         if len(self.ended) > REMEMBERED:
             self.ended.popitem(last=False)
 

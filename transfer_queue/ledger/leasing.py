@@ -94,6 +94,7 @@ class Leasing:
             repeated = again.intersection(rows.rows[lease.open].tolist())
             again -= repeated
             account.redelivered += len(repeated)
+            self.book.redelivered[task] += len(repeated)
         return lease
 
     # ------------------------------------------------------------ settling
@@ -121,7 +122,7 @@ class Leasing:
             self.book.end(lease, _ACKNOWLEDGED if whole else "acknowledged in part, the rest was given back")
             if lease.assignment is not None:
                 stirs = self._finish_slice(partition, lease, lease.assignment)
-        return count, partition if stirs else None
+        return count, partition if stirs or partition.sealed else None
 
     def _finish_slice(self, partition: Partition, lease: Lease, assignment: Assignment) -> bool:
         assignment.leased.pop(lease.rank, None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import InvalidArgument, UnknownName, nearest
+from transfer_queue.errors import InvalidArgument, KeyNotFound, UnknownName, nearest
 from transfer_queue.ledger.partition import Partition, merged_spec
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.messages import ANY_GENERATION, ColumnSpec, Drawn, Locate, Location
@@ -55,7 +54,7 @@ class Lookup:
             locations=self._locations(rows, fields),
             produced=produced,
             keys=tuple(table.keys.get(row) for row in indexes) if table.keys else None,
-            tags=tuple(copy.deepcopy(table.tags.get(row)) for row in indexes) if table.tags else None,
+            tags=tuple(table.tags.get(row) for row in indexes) if table.tags else None,
             group_ids=self._group_ids(rows) if grouped else None,
             extra_info=extra_info or {},
             lease_token=None if lease is None else lease[0],
@@ -76,7 +75,7 @@ class Lookup:
         known = {} if partition is None else partition.keys
         missing = [key for key in request.keys if key not in known]
         if missing and not request.allow_missing:
-            raise UnknownName(
+            raise KeyNotFound(
                 f"{len(missing)} of {len(request.keys)} keys are not in partition {name!r}: {missing[:10]}"
                 f"{nearest(missing[0], known)}",
                 keys=missing,

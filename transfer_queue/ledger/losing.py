@@ -1,4 +1,9 @@
-"""A storage unit came back: what it still has, what it may reuse, and which rows lost their data with it."""
+"""A storage unit came back, or will not: what it still has, what it may reuse, and which rows lost their data with it.
+
+What of its earlier life exists is decided here, once for all: the blocks that the unit names, and what writers that
+live carve from the spans that it did not name as lost. Blocks in use that it does not name are lost; those, and what it
+names as lost, no put may name any more.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +13,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer_queue.ledger.rows import Rows
+from transfer_queue.ledger.stirring import Stirred
 from transfer_queue.ledger.table import Column
-from transfer_queue.messages import Reconciled
+from transfer_queue.messages import SPAN_SHIFT, Reconcile, Reconciled
 
 Int64s: TypeAlias = NDArray[np.int64]
 
 
-def reconcile(rows: Rows, unit: int, held: Int64s) -> tuple[Reconciled, list[str]]:
-    """Compare the blocks of a unit with those it holds; return the answer, and the partitions that lost data.
+def reconcile(rows: Rows, request: Reconcile, stirred: Stirred) -> Reconciled:
+    """Compare the blocks of a unit with those it holds.
 
     Cells of blocks that the unit does not hold are not ready any more; `Partition.lost` names their rows.
     """
-    missing = np.setdiff1d(rows.blocks.of_unit(unit), held)
-    hurt = _lose(rows, missing) if len(missing) else []
-    partial = rows.blocks.partly_used(held)
+    held, refused = request.blocks, rows.blocks.refused
+    others = np.setdiff1d(rows.blocks.of_unit(request.unit), held)
+    carved = _among(others, request.carvable)
+    _lose(rows, others[~carved], stirred)
+    refused.lose(_ids(request.lost), _ids(request.lost_spans))
+    refused.units.discard(request.unit)
+    stirred.window_freed = True  # who waits with a block that is lost hears it now
+    partial = rows.blocks.partly_used(np.concatenate([held, others[carved]]))
     blocks, slots = _unused_slots(rows, partial)
-    return Reconciled(committed=rows.blocks.holds(held), cleared_blocks=blocks, cleared_slots=slots), hurt
+    return Reconciled(
+        committed=rows.blocks.held(held), carved=others[carved], cleared_blocks=blocks, cleared_slots=slots
+    )
 
 
-def _lose(rows: Rows, blocks: Int64s) -> list[str]:
-    hurt = set()
+def lose_unit(rows: Rows, unit: int, stirred: Stirred, *, for_good: bool) -> None:
+    """All that a unit stores is lost.
+
+    for_good   it came back as another one; else it may come back with what it had, and say what that is
+    """
+    _lose(rows, rows.blocks.of_unit(unit), stirred)
+    rows.blocks.lose_unit(unit, for_good=for_good)
+    stirred.window_freed = True
+
+
+def _lose(rows: Rows, blocks: Int64s, stirred: Stirred) -> None:
+    if len(blocks) == 0:
+        return
     for name, column in rows.table.columns.items():
         lost = np.flatnonzero((column.ready == 1) & np.isin(column.block, blocks))
         for partition, positions in rows.owners(lost) if len(lost) else ():
             partition.lose_field(name, lost[positions])
             rows.uncount(partition, column.block[lost[positions]])
-            hurt.add(partition.name)
+            stirred.stir(partition.name)
         column.ready[lost] = column.block[lost] = column.slot[lost] = 0
     rows.blocks.lose(blocks)
-    return sorted(hurt)
 
 
 def _unused_slots(rows: Rows, partial: dict[int, int]) -> tuple[Int64s, Int64s]:
@@ -52,6 +75,20 @@ def _unused_slots(rows: Rows, partial: dict[int, int]) -> tuple[Int64s, Int64s]:
     unused = np.flatnonzero(~used)
     which = np.searchsorted(starts, unused, side="right") - 1
     return ids[which], unused - starts[which]
+
+
+def _among(blocks: Int64s, carvable: Int64s | None) -> NDArray[np.bool_]:
+    """[n] whether each block is one of those that may be carved, or lies behind it in the same span."""
+    if carvable is None or len(carvable) == 0:
+        return np.zeros(len(blocks), np.bool_)
+    ordered = np.sort(carvable)
+    at = np.searchsorted(ordered, blocks, side="right") - 1
+    found: NDArray[np.bool_] = (at >= 0) & (ordered[at] >> SPAN_SHIFT == blocks >> SPAN_SHIFT)
+    return found
+
+
+def _ids(blocks: Int64s | None) -> list[int]:
+    return [] if blocks is None else blocks.tolist()
 
 
 def _mark(used: NDArray[np.bool_], column: Column, ids: Int64s, starts: Int64s) -> None:

@@ -56,6 +56,7 @@ class Partition:
         self.live = 0
         self._leading = 0  # length of the run of cleared ordinals at the start
         self.inserted = 0
+        self.sealed = False  # no more rows come
         self.keys: dict[str, int] = {}
         self.groups = GroupTable()
         self.fields: dict[str, FieldState] = {}

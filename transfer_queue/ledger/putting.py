@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import InvalidArgument, WrongType
+from transfer_queue.errors import InvalidArgument, PartitionSealed, WrongType
 from transfer_queue.ledger.groups import GroupTable
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.rows import Rows, Writer
 from transfer_queue.ledger.versions import Versions
-from transfer_queue.messages import Put, PutDone, SetTags
+from transfer_queue.messages import Admit, Put, PutDone, SetTags
+from transfer_queue.metadata.values import copy_tag
 
 Int64s: TypeAlias = NDArray[np.int64]
 Positions: TypeAlias = list[tuple[Partition, Int64s]]  # which rows of a put are in which partition
@@ -86,8 +87,13 @@ class Putting:
                 partition.refresh(rows[positions], fields)
         if put.versions is not None:
             self._versions.give(rows, put.versions, client)
-        done = PutDone(partition_id=name, indexes=rows, generations=self._rows.table.generation[rows])
-        return done, [partition for partition, _ in touched]
+        for partition, positions in touched:
+            if partition.keys and (put.keys is not None or put.columns or put.tags is not None):
+                self._rows.feed.touch(partition, rows[positions])
+        partitions = [partition for partition, _ in touched]
+        for partition in partitions if put.is_last else ():
+            partition.sealed = True
+        return self._done(put, name, rows, partitions), partitions
 
     def set_tags(self, request: SetTags) -> None:
         """Merge tags into live rows."""
@@ -95,6 +101,31 @@ class Putting:
             raise InvalidArgument(f"{len(request.tags)} tags for {len(request.indexes)} rows")
         self._rows.table.check_fresh(request.indexes, request.generations)
         self._merge_tags(request.indexes, request.tags)
+        for partition, positions in self._rows.owners(request.indexes):
+            if partition.keys:
+                self._rows.feed.touch(partition, request.indexes[positions])
+
+    def check_open(self, put: Put | Admit, name: str) -> None:
+        """Raise for new rows of a partition whose last rows were put."""
+        partition = self._rows.partitions.get(name)
+        if partition is None or not partition.sealed or (isinstance(put, Put) and put.indexes is not None):
+            return
+        new = put.num_rows if put.keys is None else sum(key not in partition.keys for key in put.keys)
+        if new:
+            raise PartitionSealed(
+                f"partition {name!r} takes no more rows, because its last ones were put (is_last); {new} more came. "
+                "Clear the partition to begin it anew, or use another one"
+            )
+
+    def _done(self, put: Put, name: str, rows: Int64s, partitions: list[Partition]) -> PutDone:
+        table = self._rows.table
+        done = PutDone(partition_id=name, indexes=rows, generations=table.generation[rows])
+        if not put.tell:
+            return done
+        known = {field: None for partition in partitions for field in partition.fields}
+        fields = tuple(field for field in known if table.produced(rows, (field,)).all())
+        tags = tuple(table.tags.get(row) for row in rows.tolist())
+        return dataclasses.replace(done, tags=tags, fields=fields)
 
     def _named_rows(self, put: Put, rows: Int64s, generations: Int64s) -> tuple[Int64s, Positions]:
         self._rows.table.check_fresh(rows, generations)
@@ -158,5 +189,5 @@ class Putting:
 
     def _merge_tags(self, rows: Int64s, tags: tuple[dict[str, object] | None, ...]) -> None:
         for row, tag in zip(rows.tolist(), tags, strict=True):
-            if tag:
-                self._rows.table.tags.setdefault(row, {}).update(copy.deepcopy(tag))
+            if tag:  # a tag that others may look at is replaced, never changed
+                self._rows.table.tags[row] = {**self._rows.table.tags.get(row, {}), **copy_tag("tag", tag)}

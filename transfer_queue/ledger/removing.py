@@ -11,6 +11,7 @@ A row that falls out of the version window is dropped in the same step, unless
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -72,6 +73,11 @@ class Removing:
         for partition, positions in self._rows.owners(rows):
             self.remove(partition, rows[positions], CLEARED)
         return len(rows)
+
+    def clear_keys(self, partition: Partition, keys: Iterable[str]) -> int:
+        """Remove the rows that have one of these keys; returns their number."""
+        rows = {partition.keys[key] for key in keys if key in partition.keys}
+        return self.remove(partition, np.array(sorted(rows), np.int64), CLEARED)
 
     def drop_stale(self) -> int:
         """Drop the rows outside the version window that nobody has or is done with; returns their number."""

@@ -7,7 +7,15 @@ from transfer_queue.ledger.core import Ledger
 from transfer_queue.ledger.records import Record
 from transfer_queue.ledger.selection import Split
 from transfer_queue.messages import Draw, Put, Reply
-from transfer_queue.messages.journal import DrawUndone, LeaseEnded, Resumed, SamplerGiven, TaskSeen, TurnSkipped
+from transfer_queue.messages.journal import (
+    DrawUndone,
+    LeaseEnded,
+    Resumed,
+    SamplerGiven,
+    TaskSeen,
+    TurnSkipped,
+    UnitGivenUp,
+)
 
 
 def replay(ledger: Ledger, record: Record) -> Reply | None:
@@ -30,6 +38,8 @@ def replay(ledger: Ledger, record: Record) -> Reply | None:
             serving.meet(record.partition, request.task_name, record.now)
         case TurnSkipped():
             serving.skip_turn(record, Split(request.rank, request.rank + 1, None, 0))
+        case UnitGivenUp():
+            ledger.lose_unit(request.unit, record.now, request)
         case SamplerGiven():
             ledger.lose_sampler(request, record.now)
         case Resumed():

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from transfer_queue.errors import GetMetaTimeout, UnknownName, nearest
 from transfer_queue.ledger.drawing import Drawing
+from transfer_queue.ledger.figures import Figures
 from transfer_queue.ledger.gate import Gate
 from transfer_queue.ledger.leases import shown
 from transfer_queue.ledger.partition import Partition, ready_key
@@ -35,6 +36,7 @@ class Reports:
         self._waiting = waiting
         self._gate = gate
         self._leases = drawing.leasing.book
+        self.figures = Figures(rows, drawing, waiting, versions)
 
     def partitions(self) -> tuple[str, ...]:
         """Names in creation order."""
@@ -75,6 +77,7 @@ class Reports:
             fields=fields,
             production=np.stack(production, axis=1).ravel() if production else np.empty(0, dtype=np.int64),
             consumption=consumption,
+            sealed=partition is not None and partition.sealed,
         )
 
     def admission(self, request: GetAdmission, producer: str) -> dict[str, Any]:
@@ -163,6 +166,7 @@ class Reports:
             return "; ".join([text, *self._kept_out(name, now)])
         ready = self._ready(partition, task, fields)
         parts = [f"{ready} of {want} samples ready in partition {name!r} for task {task!r}"]
+        parts += ["its last rows were put (is_last)"] if partition.sealed else []
         parts += self._missing_fields(partition, fields, now)
         parts += self._lost(partition, fields)
         parts += self._taken(partition, task)
@@ -237,7 +241,10 @@ class Reports:
             missing = assignment.missing
             if name == task and missing:
                 kind, group, number = assignment.key
-                which = f"dp_group_id {group!r}" if kind == "named" else f"unnamed dp group {number}"
+                if kind == "kept":
+                    which = f"the sampler for dp_rank {group!r}, batch_index {number!r}"
+                else:
+                    which = f"dp_group_id {group!r}" if kind == "named" else f"unnamed dp group {number}"
                 held = len(self._rows.table.alive(assignment.held))
                 served = sorted(assignment.deliveries)
                 yield f"{held} are reserved by {which} (served ranks {served}, waits for ranks {missing})"

@@ -58,6 +58,12 @@ class Reserving:
         if missing and not assignment.missing:
             self.complete(partition, task, assignment)
 
+    def give_up(self, partition: Partition, task: str, assignment: Assignment) -> None:
+        """Nobody will ask for this batch, which has one slice, any more: if no rank got it, it is ready again."""
+        if assignment.missing:
+            assignment.broken.add(0)
+            self.unreserve(partition, task, self._table.alive(assignment.held))
+
     def after_clear(self, partition: Partition) -> None:
         """Rows of the partition are gone: settle the assignments that had them."""
         for task, assignment in self._assignments.of_partition(partition.name):

@@ -1,8 +1,9 @@
 """Making the state of a checkpoint fit for a queue that has gone on since, or for another one.
 
-Rows, consumption, groups, samplers and counters are those of the cut. Blocks have new ids, because their bytes were
-written anew. Every slot begins a new life, so that handles from before, on either side, are stale. Leases are over:
-their rows are ready again, and slices of data-parallel ranks wait for their rank. Draws cannot be undone any more.
+Rows, consumption, groups, samplers and counters are those of the cut, and so is how often each row was given back.
+Blocks have new ids, because their bytes were written anew. Every slot begins a new life, so that handles from before,
+on either side, are stale. Leases are over: their rows are ready again, which does not count as given back, and slices
+of data-parallel ranks wait for their rank. Draws cannot be undone any more.
 """
 
 from __future__ import annotations
@@ -78,8 +79,6 @@ def _end_leases(state: State, live: State) -> None:
     state["assignments"]["turns"] = [
         (*key, count, np.array(sorted(returned), np.int64)) for key, (count, returned) in turns.items()
     ]
-    for task in tasks.values():
-        task["returns"], task["again"] = [], np.empty(0, np.int64)
     state["leases"] = {
         "open": [],
         "ended": live["leases"]["ended"],
@@ -113,7 +112,7 @@ def _rename_blocks(state: State, live: State, old: Int64s, new: Int64s) -> None:
         (name, number, ready, rename(block), slot) for name, number, ready, block, slot in table["columns"]
     ]
     blocks["blocks"] = rename(blocks["blocks"])
-    blocks["aborted"] = live["rows"]["blocks"]["aborted"]
+    blocks["refused"] = live["rows"]["blocks"]["refused"]
     blocks["orders"] = live["rows"]["blocks"]["orders"]
     usage = state["usage"]
     if usage is not None:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from transfer_queue.errors import CapacityExceeded, InvalidArgument, UnknownName, WrongType, nearest
 from transfer_queue.extents import Extents
 from transfer_queue.ledger.blocks import BlockBook
-from transfer_queue.ledger.limits import Usage
+from transfer_queue.ledger.feed import Feed
+from transfer_queue.ledger.limits import Limits
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.table import FREE, NO_GROUP, NO_VERSION, RowTable
+from transfer_queue.ledger.usage import Usage
 from transfer_queue.messages import ColumnSpec
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -43,10 +45,11 @@ class Rows:
     With a ring, step k owns the window [(k % steps) · size, + size) until its inserted rows are all cleared.
     """
 
-    def __init__(self, step_size: int = 0, num_steps: int = 0, usage: Usage | None = None) -> None:
+    def __init__(self, step_size: int, num_steps: int, limits: Limits) -> None:
         self.table = RowTable()
+        self.feed = Feed(self.table)
         self.blocks = BlockBook()
-        self.usage = usage  # what counts against limits, if there are any
+        self.usage = Usage(limits) if limits else None
         self.partitions: dict[str, Partition] = {}
         self.by_number: dict[int, Partition] = {}
         self.step_size = step_size
@@ -71,6 +74,10 @@ class Rows:
         if global_step < 0:
             raise InvalidArgument(f"global_step must not be negative, not {global_step}")
         return f"step_{global_step}"
+
+    def known(self, partition_id: str | None, global_step: int | None) -> Partition | None:
+        """The partition that a request means, None if there is none of that name."""
+        return self.partitions.get(self.name(partition_id, global_step))
 
     def step_of(self, name: str) -> int | None:
         """The step that a partition name means where there is a ring."""
@@ -184,6 +191,7 @@ class Rows:
     def remove(self, partition: Partition, rows: Int64s, reason: str) -> None:
         """End the life of rows: generation + 1, status zero, slots and blocks free."""
         table = self.table
+        self.feed.remove(partition, rows)
         partition.remove(rows, reason)
         where = as_run(rows)
         blocks, slots = [], []

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from transfer_queue.errors import JournalDamaged, StaleSampleError, TransferQueueError
 from transfer_queue.ledger.drawing import Asker, Choice, Drawing, DrawRecord
 from transfer_queue.ledger.gate import Gate
+from transfer_queue.ledger.keys import KeyBook
 from transfer_queue.ledger.putting import Putting
 from transfer_queue.ledger.records import Record, Records
 from transfer_queue.ledger.removing import Removing
@@ -16,11 +17,11 @@ from transfer_queue.ledger.reports import Reports
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.selection import Plan, Split
 from transfer_queue.ledger.stirring import Stirred
-from transfer_queue.ledger.waiting import Ticket, WaitingDraw, WaitingPut, WaitingRoom
-from transfer_queue.messages import Admit, Admitted, Draw, Drawn, Put, PutDone
+from transfer_queue.ledger.waiting import Ticket, WaitingDraw, WaitingKeys, WaitingPut, WaitingRoom
+from transfer_queue.messages import Admit, Admitted, Draw, Drawn, Keys, Put, PutDone
 from transfer_queue.messages.journal import DrawUndone, TaskSeen, TurnSkipped
 
-Answer: TypeAlias = tuple[Ticket, "PutDone | Admitted | Drawn | TransferQueueError"]
+Answer: TypeAlias = tuple[Ticket, "PutDone | Admitted | Drawn | Keys | TransferQueueError"]
 
 _UNDOABLE = 4096
 """How many answered draws are remembered, so that one whose answer could not be delivered is undone."""
@@ -43,6 +44,7 @@ class Serving:
     ) -> None:
         self.undoable: OrderedDict[Ticket, DrawRecord] = OrderedDict()
         self.admits: Callable[[Put], bool] | None = None  # whether a put that waited can be written down now
+        self.keys = KeyBook(rows, waiting)
         self._rows = rows
         self._putting = putting
         self._gate = gate
@@ -74,6 +76,7 @@ class Serving:
         return None
 
     def _passes(self, request: Put | Admit, name: str, ticket: Ticket, client: str, now: float) -> bool:
+        self._putting.check_open(request, name)
         if self._gate.obstacle(request, name, client) is None:
             return True
         if request.timeout_s <= 0:
@@ -99,8 +102,9 @@ class Serving:
             self._records.add(Record(request, now, ticket, client, name, done.indexes, check=check))
         self._rows.blocks.close_orders()
         fields = tuple(spec.name for spec in request.columns)
+        self._stirred.window_freed |= request.is_last  # puts that wait will never be let in
         for partition in touched:
-            if request.tags is None and request.group_ids is None:
+            if request.tags is None and request.group_ids is None and not request.is_last:
                 self._stirred.stir(partition.name, self._waiting.tasks(partition.name, fields))
             else:
                 self._stirred.stir(partition.name)
@@ -112,7 +116,7 @@ class Serving:
         """Serve a draw or park it; one that no state could serve raises."""
         plan = self._drawing.plan(request, name)
         self.meet(name, request.task_name, asker.now)
-        drawn = self._attempt(request, plan, name, ticket, asker)
+        drawn = self._attempt(request, plan, name, ticket, asker) or self._drawing.end_of_stream(request, plan, name)
         if drawn is not None:
             return drawn
         if request.timeout_s <= 0:
@@ -125,11 +129,11 @@ class Serving:
         assert record.rows is not None
         partition = self._rows.existing(record.partition)
         consumed = record.rows if record.consumed is None else record.consumed
-        choice = Choice(record.rows, consumed, record.split, record.bounds)
+        choice = Choice(record.rows, consumed, record.split, record.bounds, record.sampler_state)
         done = self._drawing.redo(record.request, partition, choice, Asker(record.client, record.now))
         if done is None or int(done[0].generations.sum()) != record.check:
             raise JournalDamaged(f"rows {record.rows[:10].tolist()} are not what they were when they were drawn first")
-        self._drawing.samplers.restore_state(record.request, record.sampler_state)
+        self._drawing.remember(record.request, record.partition, choice)
         self.note(record)
         return self._answered(record.ticket, *done)
 
@@ -188,6 +192,8 @@ class Serving:
             self.undoable.popitem(last=False)
         if record.stirs:
             self._stirred.stir(record.partition)
+        elif self._rows.partitions[record.partition].sealed:  # others may wait for what will never come
+            self._stirred.stir(record.partition, {record.task})
         if record.assignment is not None and record.lease_token is None and drawn.lease_token is not None:
             self._keep_for_peer(drawn.lease_token)
         return drawn
@@ -216,6 +222,8 @@ class Serving:
             stirred = self._stirred.take()
             for name in sorted(stirred):
                 answers.extend(self._serve_draws(name, stirred[name], now))
+        if self.keys.feed.stirred:
+            answers.extend(self.keys.serve())
         return answers
 
     def _serve_draws(self, name: str, tasks: set[str] | None, now: float) -> list[Answer]:
@@ -238,6 +246,8 @@ class Serving:
         asker = Asker(waiting.client, now)
         try:
             drawn = self._attempt(waiting.draw, waiting.plan, waiting.partition, waiting.ticket, asker)
+            if drawn is None:
+                drawn = self._drawing.end_of_stream(waiting.draw, waiting.plan, waiting.partition)
         except TransferQueueError as error:
             self._waiting.remove(waiting.ticket)
             return error
@@ -261,7 +271,9 @@ class Serving:
     def _try_put(self, waiting: WaitingPut, now: float) -> PutDone | Admitted | None:
         request, name, client = waiting.put, waiting.partition, waiting.client
         if isinstance(request, Put):
+            self._rows.blocks.refused.check(request.block_id)
             self._drawing.leasing.check_writer(request)
+        self._putting.check_open(request, name)
         if self._gate.obstacle(request, name, client) is not None:
             self._gate.wait(request, name, client)
             return None
@@ -271,9 +283,11 @@ class Serving:
             return self._apply(request, name, waiting.ticket, client, now)
         return Admitted(admission=self._gate.admit(request, name, client, now))
 
-    def too_late(self, late: WaitingDraw | WaitingPut, now: float) -> TransferQueueError:
+    def too_late(self, late: WaitingDraw | WaitingPut | WaitingKeys, now: float) -> TransferQueueError:
         """The error of a request whose deadline came before it could be served."""
         waited_s = now - late.since
+        if isinstance(late, WaitingKeys):
+            return self.keys.too_late(late, waited_s)
         if isinstance(late, WaitingDraw):
             return self._reports.timeout(late.draw, late.plan, late.partition, waited_s, now)
         self._stirred.window_freed = True  # who waited behind it may pass now

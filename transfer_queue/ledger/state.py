@@ -114,6 +114,7 @@ def load_rows(rows: Rows, state: State) -> None:
     for described in state["partitions"]:
         partition = load_partition(described, rows.table)
         rows.partitions[partition.name] = rows.by_number[partition.number] = partition
+    rows.feed.begin_again()
 
 
 # ---------------------------------------------------------------- partitions
@@ -128,8 +129,9 @@ def dump_partition(partition: Partition) -> State:
         "base": partition.base,
         "indexes": partition.indexes[: partition.length].copy(),
         "inserted": partition.inserted,
+        "sealed": partition.sealed,
         "groups": [(one.group_id, one.number, one.expected, one.ordinals, one.sealed) for one in groups.values()],
-        "aborted_groups": sorted(groups.aborted, key=lambda group: (isinstance(group, str), group)),
+        "aborted_groups": list(groups.aborted),
         "next_group": groups.next_number,
         "holes": groups.holes,
         "fields": [
@@ -153,11 +155,11 @@ def load_partition(state: State, table: RowTable) -> Partition:
     partition.indexes = _own(state["indexes"])
     partition.length = len(partition.indexes)
     partition.live = int((partition.indexes >= 0).sum())
-    partition.inserted = state["inserted"]
+    partition.inserted, partition.sealed = state["inserted"], state["sealed"]
     rows = partition.rows().tolist() if table.keys else ()
     partition.keys = {table.keys[row]: row for row in rows if row in table.keys}
     groups = [Group(known, number, size, _own(rows), sealed) for known, number, size, rows, sealed in state["groups"]]
-    partition.groups.load(groups, set(state["aborted_groups"]), state["next_group"], state["holes"])
+    partition.groups.load(groups, state["aborted_groups"], state["next_group"], state["holes"])
     for spec, count, produced_at, produced_by in state["fields"]:
         partition.fields[spec[0]] = FieldState(_load_spec(spec), count, produced_at, produced_by)
     for task, cleared, dropped, leases, redelivered in state["accounts"]:
@@ -188,7 +190,7 @@ def dump_blocks(blocks: BlockBook) -> State:
         "cells": _array(blocks.cells.values()),
         "rows": _array(rows for rows, _ in known),
         "put": _array(cells for _, cells in known),
-        "aborted": _members(blocks.aborted),
+        "refused": blocks.refused.dump(),
         "orders": [
             (
                 unit,
@@ -204,7 +206,7 @@ def load_blocks(blocks: BlockBook, state: State) -> None:
     names = state["blocks"].tolist()
     blocks.cells = dict(zip(names, state["cells"].tolist(), strict=True))
     blocks.put = dict(zip(names, zip(state["rows"].tolist(), state["put"].tolist(), strict=True), strict=True))
-    blocks.aborted = set(state["aborted"].tolist())
+    blocks.refused.load(state["refused"])
     blocks.orders = {}
     for unit, sequence, unconfirmed in state["orders"]:
         waiting = deque(
@@ -323,24 +325,8 @@ def load_leases(book: LeaseBook, state: State, known: list[Assignment]) -> None:
     for head, rows, handed_out, marked, settled, number, rank in state["open"]:
         assignment = None if number < 0 else known[number]
         token, client, partition, task, duration_s, deadline = head
-        held = Handle(*rows)
-        state_of_rows = _own(settled)
-        book.add(
-            Lease(
-                token,
-                client,
-                partition,
-                task,
-                duration_s,
-                deadline,
-                held,
-                handed_out,
-                marked,
-                state_of_rows,
-                assignment,
-                rank,
-            )
-        )
+        grant = (token, client, partition, task, duration_s, deadline, Handle(*rows), handed_out, marked)
+        book.add(Lease(*grant, _own(settled), assignment, rank))
     book.ended = OrderedDict((token, how) for token, how in state["ended"])
     book.next_token = state["next_token"]
 

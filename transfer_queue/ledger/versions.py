@@ -33,6 +33,7 @@ class Versions:
     def __init__(self, rows: Rows, max_staleness: int | None) -> None:
         self.max_staleness = max_staleness
         self.current = 0
+        self.dropped = 0  # rows dropped as too old since this object was made
         self._rows = rows
         self._started = 0  # rows that got a version, less those of them that were dropped
         self._writers: dict[str, int] = {}
@@ -102,6 +103,7 @@ class Versions:
 
     def count_stale(self, partition: Partition, rows: Int64s) -> None:
         """These rows will be dropped because they are too old: count them by who put them, and by their source."""
+        self.dropped += len(rows)
         names = list(self._writers)
         numbers, counts = np.unique(self._rows.table.writer[rows], return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):

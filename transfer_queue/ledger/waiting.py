@@ -6,14 +6,14 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
 from transfer_queue.ledger.partition import ready_key
 from transfer_queue.ledger.selection import Plan
-from transfer_queue.messages import Admit, Draw, Put
+from transfer_queue.messages import Admit, Draw, Put, WaitKeys
 
 Ticket: TypeAlias = Hashable
 Watched: TypeAlias = tuple[str, tuple[str, ...]]
@@ -57,7 +57,19 @@ class WaitingPut:
     order: int
 
 
-Waiting: TypeAlias = WaitingDraw | WaitingPut
+@dataclass(eq=False)
+class WaitingKeys:
+    """Somebody who waits for keys. `forget` is called when that is over, however it ended."""
+
+    ticket: Ticket
+    request: WaitKeys
+    since: float
+    deadline: float
+    order: int
+    forget: Callable[[WaitingKeys], None]
+
+
+Waiting: TypeAlias = WaitingDraw | WaitingPut | WaitingKeys
 
 
 class WaitingRoom:
@@ -85,6 +97,13 @@ class WaitingRoom:
         self._puts[waiting.order] = waiting
         self._note(waiting)
 
+    def park_keys(
+        self, ticket: Ticket, request: WaitKeys, forget: Callable[[WaitingKeys], None], now: float
+    ) -> WaitingKeys:
+        waiting = WaitingKeys(ticket, request, now, now + request.timeout_s, next(self._order), forget)
+        self._note(waiting)
+        return waiting
+
     def remove(self, ticket: Ticket) -> Waiting | None:
         """Take a request out; None if it is not here (any more)."""
         waiting = self._by_ticket.pop(ticket, None)
@@ -94,8 +113,10 @@ class WaitingRoom:
             if not room:
                 del self._draws[waiting.partition, waiting.draw.task_name]
             self._unwatch(waiting)
-        elif waiting is not None:
+        elif isinstance(waiting, WaitingPut):
             del self._puts[waiting.order]
+        elif waiting is not None:
+            waiting.forget(waiting)
         return waiting
 
     def draws(self, partition: str, task: str) -> list[WaitingDraw]:

@@ -46,6 +46,7 @@ from transfer_queue.messages.controller import (
     GetAudit,
     GetExplanation,
     GetStatus,
+    KeepCut,
     ListPartitions,
     ListUnits,
     Locate,
@@ -62,6 +63,7 @@ from transfer_queue.messages.controller import (
     SetVersion,
     Withdraw,
 )
+from transfer_queue.messages.keys import GetKeys, Keys, WaitKeys
 from transfer_queue.messages.replies import (
     Admitted,
     Announced,
@@ -86,10 +88,12 @@ from transfer_queue.messages.unit import (
     AbortBlocks,
     Fetch,
     GetUnitStats,
+    Introduce,
     Pin,
     ReadBlock,
     Reserve,
     ReturnSpan,
+    StillHeld,
     Unpin,
     Write,
 )
@@ -127,12 +131,27 @@ ControllerRequest: TypeAlias = (
     | Admit
     | Cut
     | EndCut
+    | KeepCut
     | Restore
     | Withdraw
     | SetVersion
     | GetAdmission
+    | GetKeys
+    | WaitKeys
 )
-UnitRequest: TypeAlias = ReadBlock | Reserve | ReturnSpan | AbortBlocks | Write | Pin | Unpin | Fetch | GetUnitStats
+UnitRequest: TypeAlias = (
+    ReadBlock
+    | Reserve
+    | ReturnSpan
+    | AbortBlocks
+    | Write
+    | Pin
+    | Unpin
+    | StillHeld
+    | Fetch
+    | GetUnitStats
+    | Introduce
+)
 Request: TypeAlias = ControllerRequest | UnitRequest
 Reply: TypeAlias = (
     Done
@@ -153,8 +172,12 @@ Reply: TypeAlias = (
     | Reconciled
     | CutDone
     | BlockBytes
+    | Keys
 )
-ONE_WAY: tuple[type[Any], ...] = (Cancel, Withdraw, FreesDone, FreeBlocks, EndCut, ReturnSpan, AbortBlocks, Unpin)
+ONE_WAY: tuple[type[Any], ...] = (
+    *(Cancel, Withdraw, FreesDone, FreeBlocks, EndCut),
+    *(ReturnSpan, AbortBlocks, Unpin, StillHeld),
+)
 
 __all__ = [
     "ANY_GENERATION",
@@ -186,9 +209,13 @@ __all__ = [
     "GetAdmission",
     "GetAudit",
     "GetExplanation",
+    "GetKeys",
     "GetStatus",
     "GetUnitStats",
+    "Introduce",
     "Int64s",
+    "KeepCut",
+    "Keys",
     "Leased",
     "ListPartitions",
     "ListUnits",
@@ -224,11 +251,13 @@ __all__ = [
     "Settle",
     "Settled",
     "Status",
+    "StillHeld",
     "UNIT_SHIFT",
     "UnitInfo",
     "UnitRequest",
     "Units",
     "Unpin",
+    "WaitKeys",
     "Withdraw",
     "Write",
     "message",

@@ -16,7 +16,8 @@ class Put:
     `num_rows` new ones are inserted. Addressed by `partition_id` or `global_step`, unless
     `indexes` say it already. `block_id` 0: no data (tags, keys or allocation only). `size_bytes` is that of the block,
     for the limits; `admission` is what `Admit` granted. `lease_token`: written under a lease, refused once it ended.
-    `versions`: of the policy that generated the rows, -1 for none; a row gets one once.
+    `versions`: of the policy that generated the rows, -1 for none; a row gets one once. `is_last`: the partition takes
+    no new rows from now on. `tell`: the reply has tags and fields.
     """
 
     partition_id: str | None
@@ -35,6 +36,8 @@ class Put:
     lease_token: int | None = None
     admission: int | None = None
     versions: Int64s | None = None  # [n]
+    is_last: bool = False
+    tell: bool = False
 
 
 @message(11)
@@ -83,12 +86,16 @@ class SetTags:
 
 @message(14)
 class Clear:
-    """Remove rows: the named ones, or a whole partition. Reply: `Done` with the number of rows removed."""
+    """Remove rows: the named ones, or a whole partition. Reply: `Done` with the number of rows removed.
+
+    Of `keys` of a partition, those that are not there are left out.
+    """
 
     partition_id: str | None
     global_step: int | None
     indexes: Int64s | None
     generations: Int64s | None
+    keys: tuple[str, ...] | None = None
 
 
 @message(15)
@@ -266,6 +273,14 @@ class SetVersion:
     version: int
 
 
+@message(51)
+class KeepCut:
+    """The cut is held for `hold_s` from now. Reply: `Done`, so it was until now; `LeaseExpired` if it was not."""
+
+    hold: int
+    hold_s: float
+
+
 @message(50)
 class GetAdmission:
     """How much more may be put by who asks? Reply: `Report` (see `client.admission`)."""
@@ -278,7 +293,11 @@ class GetAdmission:
 
 @message(30)
 class Announce:
-    """A unit is there (again). Reply: `Announced`; frees that it missed are sent again."""
+    """A unit is there (again). Reply: `Announced`; frees that it missed are sent again.
+
+    `life` names its index: a unit that comes back with another one has nothing of what it stored, and gets another
+    number.
+    """
 
     unit_id: str
     address: str
@@ -287,6 +306,7 @@ class Announce:
     nonce: str
     capacity_bytes: int
     curve_key: str = ""
+    life: str = ""
 
 
 @message(31)
@@ -306,10 +326,18 @@ class Settle:
 
 @message(34)
 class Reconcile:
-    """A unit came back with these blocks and no others. Reply: `Reconciled`; rows of blocks it lost are not ready."""
+    """A unit came back with these blocks and no others. Reply: `Reconciled`; rows of blocks it lost are not ready.
+
+    `carvable` are the ids that writers who live give their next blocks, one for each span that they have: such a block,
+    and those behind it, may be there by now. `lost` and `lost_spans` (the first block of each) are what writers may yet
+    name, but the unit does not have any more: such puts are refused.
+    """
 
     unit: int  # its number
     blocks: Int64s  # [n]
+    carvable: Int64s | None = None
+    lost: Int64s | None = None
+    lost_spans: Int64s | None = None
 
 
 # ---------------------------------------------------------------- controller → unit

@@ -49,3 +49,10 @@ class Resumed:
 @message(107)
 class Marked:
     """Nothing changed."""
+
+
+@message(108)
+class UnitGivenUp:
+    """A storage unit was away for too long: what it held is lost, unless it comes back."""
+
+    unit: int

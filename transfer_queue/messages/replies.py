@@ -24,9 +24,13 @@ class ErrorReply:
 
 @message(62)
 class PutDone:
+    """`tags` of the rows as they are now, and `fields` that all of them have, where the put asked for it."""
+
     partition_id: str
     indexes: Int64s  # [n]
     generations: Int64s  # [n]
+    tags: tuple[dict[str, Any] | None, ...] | None = None
+    fields: tuple[str, ...] | None = None
 
 
 @message(63)
@@ -50,7 +54,10 @@ class Drawn:
 
 @message(64)
 class Status:
-    """Status per row, in allocation order. `consumption` is None where no task was asked for."""
+    """Status per row, in allocation order. `consumption` is None where no task was asked for.
+
+    `sealed`: no more rows come.
+    """
 
     partition_id: str
     exists: bool
@@ -58,6 +65,7 @@ class Status:
     fields: tuple[str, ...]
     production: Int64s  # [N * F] 0/1, row after row
     consumption: Int64s | None  # [N] 0/1
+    sealed: bool = False
 
 
 @message(65)
@@ -149,10 +157,12 @@ class Admitted:
 class Reconciled:
     """Which blocks of a returned unit are in use (1); of those, the slots whose rows were cleared meanwhile or before.
 
-    Blocks that are not (0) may still be committed by a writer that lives.
+    Blocks that are not (0) may still be committed by a writer that lives, unless they are refused from now on (-1).
+    `carved` are those in use that lie behind what the unit had found in the spans of such writers.
     """
 
-    committed: Int64s  # [n] 0/1
+    committed: Int64s  # [n] 0/1/-1
+    carved: Int64s  # [m]
     cleared_blocks: Int64s  # [k]
     cleared_slots: Int64s  # [k]
 

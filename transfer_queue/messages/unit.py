@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transfer_queue.messages.base import Frames, Int64s, message
 from transfer_queue.messages.values import ProcessId
 
@@ -53,6 +55,20 @@ class Unpin:
     pin: int
 
 
+@message(49)
+class StillHeld:
+    """One-way: what the client still has of what it was granted here. The first message on each of its connections.
+
+    Spans and pins of its requests below `before` that are not among `requests` are given back; so are, if they are in
+    no put, the blocks of its spans that this unit found when it was started and that are not among `blocks`. Made when
+    the unit has let the connection in. It is true for ever: it may come late, again, or out of order.
+    """
+
+    before: int
+    requests: Int64s  # under way, or granted what was not given back
+    blocks: Int64s  # written, or being written, and neither put nor aborted
+
+
 @message(46)
 class Fetch:
     """Read rows of fields. Reply: `Fetched` with as many leading rows as fit in `max_bytes`, at least one.
@@ -79,3 +95,13 @@ class ReadBlock:
 @message(47)
 class GetUnitStats:
     """Reply: `Report`: bytes live, pinned, free, reserved; blocks; spans; arenas."""
+
+
+@message(56)
+class Introduce:
+    """To a unit that was started without one: this is your controller, with its token. Reply: `Done`, once it knows.
+
+    Said again, nothing happens; another controller is refused.
+    """
+
+    controller: dict[str, Any]  # as `ZMQServerInfo.to_record`

@@ -15,7 +15,8 @@ class ColumnSpec:
              "text" · "bytes" · "object"   one encoded value per row, offsets in bytes
              "int" · "float" · "bool"      Python numbers, 8 bytes (bool: 1) per row, no offsets
     dtype    torch name without "torch.", e.g. "bfloat16"; None for the layouts that hold Python values
-    shape    dense: shape of a row; ragged: shape of a row without its first dimension; else None
+    shape    dense: shape of a row; ragged: shape of a row without its first dimension; () of a Python value that was
+             put as that of a whole batch of one row; else None
     """
 
     name: str

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from transfer_queue.metadata.batch import BatchMeta
 from transfer_queue.metadata.columns import Coded
+from transfer_queue.metadata.delta import KVDelta
 from transfer_queue.metadata.endpoint import Role, ZMQServerInfo
+from transfer_queue.metadata.keys import KVBatchMeta
 from transfer_queue.metadata.locations import FieldLocation
 from transfer_queue.metadata.rows import Sample, Samples
 from transfer_queue.metadata.schema import FieldSchema, FieldView, UnknownField, schema_of
@@ -17,6 +19,8 @@ __all__ = [
     "FieldLocation",
     "FieldSchema",
     "FieldView",
+    "KVBatchMeta",
+    "KVDelta",
     "Role",
     "Sample",
     "Samples",

@@ -11,7 +11,6 @@ known; a field without one is looked up by the client.
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -298,14 +297,7 @@ class BatchMeta(HasCustomMeta, HasLeases, extras.HasExtraInfo):
 
     def chunk(self, chunks: int) -> list[BatchMeta]:
         """Cut into exactly `chunks` contiguous pieces; the first `size % chunks` are one longer, some may be empty."""
-        if not hasattr(chunks, "__index__"):
-            raise WrongType(f"chunks must be an int, not {type(chunks).__name__} {chunks!r}")
-        count = operator.index(chunks)
-        if count < 1:
-            raise InvalidArgument(f"chunks must be at least 1, got {count}")
-        length, longer = divmod(self.size, count)
-        starts = [piece * length + min(piece, longer) for piece in range(count + 1)]
-        return [self._cut(slice(start, stop)) for start, stop in itertools.pairwise(starts)]
+        return [self._cut(rows) for rows in checks.as_pieces(chunks, self.size)]
 
     def chunk_by_partition(self) -> list[BatchMeta]:
         """Cut into one piece per partition, by first appearance; rows keep their order."""
@@ -318,11 +310,7 @@ class BatchMeta(HasCustomMeta, HasLeases, extras.HasExtraInfo):
 
     def reorder(self, positions: Iterable[int]) -> None:
         """Put the rows into this order, in place; `positions` name every row once."""
-        order = checks.as_positions(positions, self.size)
-        checks.check_length("positions", len(order), self.size)
-        if len(np.unique(order)) != self.size:
-            raise InvalidArgument(f"positions name rows twice: {order.tolist()[:16]}")
-        self._table = self._table.take(order)
+        self._table = self._table.take(checks.as_order(positions, self.size))
 
     # ------------------------------------------------------------ joining
 
@@ -333,7 +321,7 @@ class BatchMeta(HasCustomMeta, HasLeases, extras.HasExtraInfo):
         With `validate` all must have the same fields with the same dtypes, and agree where they share `extra_info`;
         without, the fields that all have are kept, as the first has them.
         """
-        pieces = [piece for piece in data if piece is not None and _has_rows(piece)]
+        pieces = checks.filled(BatchMeta, data)
         if not pieces:
             return cls()
         extra_info = extras.join([piece._extra_info for piece in pieces], validate)
@@ -341,7 +329,7 @@ class BatchMeta(HasCustomMeta, HasLeases, extras.HasExtraInfo):
 
     def union(self, other: BatchMeta) -> BatchMeta:
         """Join the fields of two metas on the same rows: where both have something, `other` wins; ready if both are."""
-        if not _has_rows(other):
+        if not checks.has_rows(BatchMeta, other):
             return self.copy()
         if not self:
             return other.copy()
@@ -375,10 +363,3 @@ class BatchMeta(HasCustomMeta, HasLeases, extras.HasExtraInfo):
         leased = "" if leases is None else f", lease {'+'.join(map(str, leases.tokens.first_rows()))}"
         ready = int((self._table.status == 1).sum())
         return f"<BatchMeta {'+'.join(self.partitions)}: {self.size} samples, {ready} ready, fields {shown}{leased}>"
-
-
-def _has_rows(value: object) -> bool:
-    """Whether it has rows; anything but a meta is refused."""
-    if not isinstance(value, BatchMeta):
-        raise WrongType(f"expected a BatchMeta, not {type(value).__name__} {value!r}")
-    return value.size > 0

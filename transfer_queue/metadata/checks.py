@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sized
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.metadata.columns import Coded, Int64s
+
+M = TypeVar("M", bound=Sized)
 
 
 def as_int64s(name: str, values: Any) -> Int64s:
@@ -34,6 +40,45 @@ def as_positions(positions: Any, size: int) -> Int64s:
     return array
 
 
+def as_order(positions: Any, size: int) -> Int64s:
+    """Check an order of rows: positions that name every row once."""
+    order = as_positions(positions, size)
+    check_length("positions", len(order), size)
+    if len(np.unique(order)) != size:
+        raise InvalidArgument(f"positions name rows twice: {_excerpt(order)}")
+    return order
+
+
+def as_pieces(chunks: Any, size: int) -> list[slice]:
+    """Check a number of pieces; return exactly so many contiguous ones, the first `size % chunks` longer by one."""
+    if not hasattr(chunks, "__index__"):
+        raise WrongType(f"chunks must be an int, not {type(chunks).__name__} {chunks!r}")
+    count = operator.index(chunks)
+    if count < 1:
+        raise InvalidArgument(f"chunks must be at least 1, got {count}")
+    length, longer = divmod(size, count)
+    starts = [piece * length + min(piece, longer) for piece in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def has_rows(kind: type[M], meta: M) -> bool:
+    """Whether a meta of this kind has rows; anything else is refused."""
+    if not isinstance(meta, kind):
+        raise WrongType(f"expected a {kind.__name__}, not {type(meta).__name__} {meta!r}")
+    return len(meta) > 0
+
+
+def filled(kind: type[M], metas: Iterable[M | None]) -> list[M]:
+    """The metas that have rows; empty ones and None fall away."""
+    return [meta for meta in metas if meta is not None and has_rows(kind, meta)]
+
+
+def check_distinct(name: str, values: list[str]) -> None:
+    if len(set(values)) < len(values):
+        twice = sorted({value for value, times in Counter(values).items() if times > 1})
+        raise InvalidArgument(f"{name} has duplicate entries {twice[:8]}: name each once")
+
+
 def _excerpt(array: NDArray[Any]) -> str:
     shown = ", ".join(str(value) for value in array.ravel()[:8].tolist())
     return f"{shown}, … {array.size} in all" if array.size > 8 else shown
@@ -51,6 +96,8 @@ def as_names(name: str, values: Any) -> list[str]:
     if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
         raise WrongType(f"{name} must be a sequence of str, not {type(values).__name__} {values!r}")
     names = list(values)
+    if {*map(type, names)} <= {str}:
+        return names
     for value in names:
         if not isinstance(value, str):
             raise WrongType(f"{name} must be str, not {type(value).__name__} {value!r}")

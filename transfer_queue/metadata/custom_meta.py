@@ -40,6 +40,9 @@ class HasCustomMeta:
         """Per row the tag entries that were changed here since the rows were fetched, else None."""
         return self._table.tags.changed()
 
-    def mark_tags_sent(self) -> None:
-        """The changed entries have reached the queue: they count as fetched from now on."""
-        self._table.tags.mark_sent()
+    def mark_tags_sent(self, sent: Sequence[Mapping[str, Any] | None] | None) -> None:
+        """These entries (of `changed_tags`) have reached the queue: they count as fetched from now on.
+
+        What was changed while they were on their way still counts as changed. None: nothing was sent.
+        """
+        self._table.tags.mark_sent(sent)

@@ -27,6 +27,7 @@ class ZMQServerInfo:
     local_address  unix://path, for clients that can read the file `nonce` in `folder` and find `nonce` in it
     session_id     one life of the queue; a restarted one has another
     curve_key      public key of the server, where its TCP sockets are encrypted; "": they are not
+    defaults       what clients of the queue do unless told otherwise, by the names of `TransferQueueClient`'s arguments
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ZMQServerInfo:
         nonce: str = "",
         session_id: str = "",
         curve_key: str = "",
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.role = _text("role", role.value if isinstance(role, Enum) else role)
         self.id = _text("id", id)
@@ -55,6 +57,7 @@ class ZMQServerInfo:
         self.nonce = _text("nonce", nonce)
         self.session_id = _text("session_id", session_id)
         self.curve_key = _text("curve_key", curve_key)
+        self.defaults = dict(defaults or {})
 
     def to_addr(self, name: str) -> str:
         """Return "tcp://ip:port" of the socket of this name."""
@@ -62,6 +65,11 @@ class ZMQServerInfo:
             raise UnknownName(f"{self.role} {self.id!r} has no socket {name!r}{nearest(str(name), self.ports)}")
         host = f"[{self.ip}]" if ":" in self.ip else self.ip
         return f"tcp://{host}:{self.ports[name]}"
+
+    @property
+    def metrics_endpoint(self) -> str | None:
+        """ "host:port" where Prometheus metrics are served; None: nowhere."""
+        return self.to_addr("metrics").removeprefix("tcp://") if "metrics" in self.ports else None
 
     def to_dict(self) -> dict[str, Any]:
         """What may be shown: role, id, ip and ports, without the token."""
@@ -77,6 +85,7 @@ class ZMQServerInfo:
             "nonce": self.nonce,
             "session_id": self.session_id,
             "curve_key": self.curve_key,
+            "defaults": dict(self.defaults),
         }
 
     @classmethod

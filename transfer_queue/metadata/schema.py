@@ -128,6 +128,9 @@ class FieldView(Mapping[str, Any]):
         """The field as a column of this row alone."""
         return self._schema.take(slice(self._row, self._row + 1))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FieldView, (self.column(), 0)  # without the shapes of the other rows
+
     def __getitem__(self, entry: str) -> Any:
         if entry not in _ENTRIES[:4]:
             raise KeyError(entry)

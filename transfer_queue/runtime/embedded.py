@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transfer_queue.client.client import SocketConnector
 from transfer_queue.config import Settings
@@ -17,11 +19,13 @@ from transfer_queue.wire.peer import AnyPeer
 class EmbeddedRuntime:
     """Owns the servers. `address` is the endpoint file, readable by this user only."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, conf: Mapping[str, Any] | None = None) -> None:
         self._pid = os.getpid()
         self._transport = settings.transport
         ledger = Ledger(sampler=settings.sampler, **settings.ledger)
-        self._controller = ControllerServer(ledger, host=settings.host, encrypt=settings.encrypt)
+        self._controller = ControllerServer(
+            ledger, host=settings.host, encrypt=settings.encrypt, defaults=settings.client
+        )
         self._units: list[UnitServer] = []
         self.info = self._controller.info
         try:
@@ -36,7 +40,7 @@ class EmbeddedRuntime:
                     )
                 )
             file = EndpointFile(Path(self.info.folder) / ENDPOINT_FILE)
-            file.write(self.info)
+            file.write(self.info, conf=conf)
             self.address = str(file.path)
         except BaseException:
             self.close()

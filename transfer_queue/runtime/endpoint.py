@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,13 @@ class EndpointFile:
     def __repr__(self) -> str:
         return f"<EndpointFile {self.path}>"
 
-    def write(self, info: ZMQServerInfo, status: str = "") -> None:
-        """Name this process as the one whose death ends the session; `status` is the file that tells how it is."""
-        record = {"controller": info.to_record(), "owner": to_record(process_id()), "status": status}
+    def write(self, info: ZMQServerInfo, status: str = "", conf: Mapping[str, Any] | None = None) -> None:
+        """Name this process as the one whose death ends the session.
+
+        status   file that tells how it is
+        conf     configuration of the session, as plain values
+        """
+        record = {"controller": info.to_record(), "owner": to_record(process_id()), "status": status, "conf": conf}
         partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -56,6 +60,11 @@ class EndpointFile:
                 "start the session again"
             )
         return ZMQServerInfo.from_record(record["controller"])
+
+    def conf(self) -> dict[str, Any] | None:
+        """Return the configuration of the session, None if it is not written there. Raises as `read`."""
+        conf: dict[str, Any] | None = self._record().get("conf")
+        return conf
 
     def status(self) -> dict[str, Any]:
         """Return what the owner says of its processes; empty if it keeps none. Raises as `read`."""

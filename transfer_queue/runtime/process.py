@@ -11,7 +11,6 @@ with exit code 0 both times. SIGINT is for the supervisor to see. Imports neithe
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import select
@@ -19,11 +18,12 @@ import signal
 import sys
 from typing import Any
 
-from transfer_queue.errors import InvalidArgument, to_wire
+from transfer_queue.errors import to_wire
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import ProcessId
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime.servers import ControllerServer, UnitServer
+from transfer_queue.samplers.description import make
 from transfer_queue.samplers.registry import SamplerLike
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.descriptors import raise_descriptor_limit
@@ -65,19 +65,10 @@ def _start(order: dict[str, Any]) -> ControllerServer | UnitServer:
     return UnitServer(controller, supervisor=supervisor, **order["server"])
 
 
-def _sampler(name: str, import_path: list[str]) -> SamplerLike:
-    """Return a registered name as it is, and what "module:name" means."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        return name
-    sys.path[:] = import_path
-    found: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        found = getattr(found, part)
-    if not callable(found):
-        raise InvalidArgument(f"controller.sampler: {name} is not callable")
-    sampler: SamplerLike = found
-    return sampler
+def _sampler(described: Any, import_path: list[str]) -> SamplerLike:
+    if not isinstance(described, str):
+        sys.path[:] = import_path
+    return make(described)
 
 
 def _read_line() -> bytes:

@@ -8,14 +8,15 @@ import secrets
 import shutil
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from transfer_queue.config import Settings
-from transfer_queue.errors import CapacityExceeded, InvalidArgument
+from transfer_queue.errors import CapacityExceeded
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime.endpoint import ENDPOINT_FILE, EndpointFile
 from transfer_queue.runtime.supervisor import Child, Restarts
-from transfer_queue.samplers.registry import SamplerLike
+from transfer_queue.samplers.description import describe
 from transfer_queue.wire.folder import ServerFolder, folder_path
 from transfer_queue.wire.holders import process_id, to_record
 
@@ -28,11 +29,11 @@ _START_TIMEOUT_S = 60.0
 class ProcessesRuntime:
     """Owns the processes. `address` is the endpoint file, `children` are the controller and then the units."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, conf: Mapping[str, Any] | None = None) -> None:
         self._pid = os.getpid()
         self._key = secrets.token_hex(8)
         self._lock = threading.Lock()
-        self._sampler = _importable(settings.sampler)
+        self._sampler = describe(settings.sampler)
         self._supervisor = to_record(process_id())
         self.children: list[Child] = []
         self._folder = ServerFolder("session")
@@ -41,7 +42,7 @@ class ProcessesRuntime:
         try:
             self.info = self._start_controller(settings)
             self._start_units(settings)
-            self._file.write(self.info, str(self._folder.path / _STATUS_FILE))
+            self._file.write(self.info, str(self._folder.path / _STATUS_FILE), conf)
         except BaseException:
             self.close()
             raise
@@ -79,6 +80,7 @@ class ProcessesRuntime:
             "server": {
                 "host": settings.host,
                 "encrypt": settings.encrypt,
+                "defaults": settings.client,
                 "key": self._key_of("controller"),
                 "journal": settings.journal_enabled,
                 "journal_path": settings.journal_path,
@@ -127,19 +129,3 @@ class ProcessesRuntime:
 
     def _folder_of(self, name: str) -> str:
         return str(folder_path("controller" if name == "controller" else "unit", self._key_of(name)))
-
-
-def _importable(sampler: SamplerLike) -> str:
-    """Return a name under which another process finds this sampler. Raises `InvalidArgument` if there is none."""
-    if isinstance(sampler, str):
-        return sampler
-    module, name = getattr(sampler, "__module__", None), getattr(sampler, "__qualname__", None)
-    found: Any = sys.modules.get(module or "")
-    for part in (name or "").split("."):
-        found = getattr(found, part, None)
-    if found is not sampler or module == "__main__":
-        raise InvalidArgument(
-            f"controller.sampler: with runtime 'processes' the controller imports its sampler, so it is a name, or a "
-            f"class or function of a module, not {sampler!r}"
-        )
-    return f"{module}:{name}"

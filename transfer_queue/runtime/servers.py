@@ -12,7 +12,7 @@ import logging
 import secrets
 import shutil
 import socket
-import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from typing_extensions import Self
 
 from transfer_queue.controller import ControllerService
-from transfer_queue.errors import ConnectionLost, InvalidArgument, ProtocolMismatch, TransferQueueError
+from transfer_queue.errors import ConnectionLost, InvalidArgument, ProtocolMismatch
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import (
     PROTOCOL_VERSION,
@@ -30,13 +30,12 @@ from transfer_queue.messages import (
     FreesDone,
     Int64s,
     ProcessId,
-    Reconcile,
-    Reconciled,
     Settle,
     Settled,
     UnitInfo,
 )
 from transfer_queue.metadata import Role, ZMQServerInfo
+from transfer_queue.runtime.agreement import Agreement
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.curve import CurveKeys
@@ -51,7 +50,6 @@ log = logging.getLogger(__name__)
 
 _ANNOUNCE_TIMEOUT_S = 30.0
 _SETTLE_TIMEOUT_S = 30.0
-_RECONCILE_TIMEOUT_S = 30.0
 _RECORD = "server.json"
 
 
@@ -113,6 +111,7 @@ class ControllerServer:
         journal: bool = False,
         journal_path: str | None = None,
         successor: bool = False,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         """Start with an empty ledger, or, under the key of one that died, fill it from its journal.
 
@@ -121,10 +120,12 @@ class ControllerServer:
         journal_path  folder of the journal, durable before each answer; None: in the server's folder, which outlives
                       any process, but not the machine
         successor     of one that died, whose folder must be here
+        defaults      of its clients, see `ZMQServerInfo`
 
         Raises `ConnectionLost` if a controller is to start again that kept no journal, or kept it elsewhere.
         """
         self.service = ControllerService(ledger)
+        self._defaults = defaults
         self.folder = ServerFolder("controller", key=key, supervisor=supervisor)
         self._server: Server | None = None
         self._on_disk: Path | None = None
@@ -175,6 +176,7 @@ class ControllerServer:
             nonce=self.folder.nonce,
             session_id=endpoint.session_id,
             curve_key=endpoint.curve_key,
+            defaults=self._defaults,
         )
         if not endpoint.port:
             endpoint.remember(self.folder, server)
@@ -246,7 +248,6 @@ class UnitServer:
         if not isinstance(controller_info, ZMQServerInfo):
             raise InvalidArgument(f"controller_info must be a ZMQServerInfo, not {type(controller_info).__name__}")
         self._unit_id = unit_id
-        self._returned = False
         self._closing: list[Any] = []
         self.folder: ServerFolder = self._opened(ServerFolder("unit", key=key, supervisor=supervisor))
         try:
@@ -269,24 +270,24 @@ class UnitServer:
 
     def _start(self, controller: ZMQServerInfo, host: str, transport: str) -> None:
         place = self._listen(controller, host)
-        self._controller: Peer = self._opened(
-            Peer(
-                controller.local_address,
-                controller.folder,
-                controller.nonce,
-                controller.to_addr("request"),
-                token=controller.token,
-                client_id=self._unit_id,
-                transport=transport,
-                curve_key=controller.curve_key,
-            )
+        self._controller = Peer(
+            controller.local_address,
+            controller.folder,
+            controller.nonce,
+            controller.to_addr("request"),
+            token=controller.token,
+            client_id=self._unit_id,
+            transport=transport,
+            curve_key=controller.curve_key,
         )
+        self._agreement: Agreement = self._opened(Agreement(self.service, self._controller, self._unit_id))
+        self._opened(self._controller)
         self._server.start()
-        announcement = Announce(capacity_bytes=self.service.capacity_bytes, **place)
+        announcement = Announce(capacity_bytes=self.service.capacity_bytes, life=self.service.life, **place)
         listener: Listener = self._opened(Listener(self._controller, announcement, self._receive))
         announced = listener.announced(_ANNOUNCE_TIMEOUT_S)
         assert isinstance(announced, Announced)
-        self._return(announced.number)
+        self._agreement.make(announced.number)
         self.info = UnitInfo(number=announced.number, **place)
 
     def _listen(self, controller: ZMQServerInfo, host: str) -> dict[str, str]:
@@ -326,32 +327,10 @@ class UnitServer:
     def _receive(self, message: Announced | FreeBlocks) -> FreesDone | None:
         """Called for everything the controller sends without being asked."""
         if isinstance(message, Announced):
-            if self._returned and message.given_up:
-                again = threading.Thread(target=self._return_again, args=(message.number,), daemon=True)
-                again.start()
-            elif self._returned:
-                self.service.number = message.number
+            self._agreement.announced(message)
             return None
         self.service.submit(message, Ticket("controller", 0, None, message, lambda ticket, answer: None))
         return FreesDone(unit_id=self._unit_id, sequence=message.sequence)
-
-    def _return(self, number: int) -> None:
-        """Agree with the controller on what is stored; if it dies meanwhile, with its successor."""
-
-        def reconcile(blocks: Int64s) -> Reconciled:
-            reply = self._controller.begin(Reconcile(unit=number, blocks=blocks)).result(_RECONCILE_TIMEOUT_S)
-            assert isinstance(reply, Reconciled)
-            return reply
-
-        self.service.return_to(number, reconcile)
-        self._returned = True
-
-    def _return_again(self, number: int) -> None:
-        """The controller had given this unit up. If it goes away once more, it asks again when it is back."""
-        try:
-            self._return(number)
-        except TransferQueueError as error:
-            log.warning("storage unit %s could not agree with the controller: %s", self._unit_id, error)
 
     def _settle(self, blocks: Int64s) -> Int64s:
         settled = self._controller.begin(Settle(blocks=blocks)).result(_SETTLE_TIMEOUT_S)

@@ -23,9 +23,11 @@ log = logging.getLogger("transfer_queue")
 
 MOST_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
+PATIENCE_S = 60.0
 
 _LONGEST_PAUSE_S = 2.0
 _FIRST_PAUSE_S = 0.1
+_LONGEST_START_PAUSE_S = 10.0
 _END_S = 10.0  # for a child to end by itself
 
 
@@ -50,6 +52,35 @@ class Restarts:
         return min(pause_s, _LONGEST_PAUSE_S)
 
 
+class Starts:
+    """Starts that failed since the last good one, and whether and when to try again.
+
+    What keeps a process from starting, as a port that is still taken or a full /dev/shm, often goes by itself: tries
+    go on for `patience_s`, with longer and longer pauses between them.
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self.patience_s = patience_s
+        self.failed = 0
+        self.last_error = ""
+        self._since: float | None = None
+
+    def succeeded(self) -> None:
+        self.failed, self.last_error, self._since = 0, "", None
+
+    def next_pause_s(self, error: str, now: float) -> float | None:
+        """One has failed like this; return how long to wait before the next, None: no more."""
+        self.failed += 1
+        self.last_error = error
+        if self._since is None:
+            self._since = now
+        left_s = self._since + self.patience_s - now
+        if left_s <= 0:
+            return None
+        pause_s = min(_FIRST_PAUSE_S * 2.0 ** (self.failed - 1), _LONGEST_START_PAUSE_S)
+        return min(pause_s, left_s)  # the last try comes at the end of the patience
+
+
 class Child:
     """One child process and its successors. A thread waits for its end.
 
@@ -71,6 +102,7 @@ class Child:
         self.name = name
         self.state = "starting"
         self.restarts = restarts
+        self.starts = Starts()
         self._order = order
         self._on_change = on_change
         self._start_timeout_s = start_timeout_s
@@ -126,35 +158,55 @@ class Child:
                 return
             pause_s = self.restarts.next_pause_s(time.monotonic())
             if pause_s is None:
-                self._give_up(code)
+                self._give_up(self._too_often(code))
                 return
             log.warning("%s ended with %s and is started again", self.name, _ending(code))
             self._set("starting")
             self._ending.wait(pause_s)
-            self._start_again()
+            if not self._start_until_it_runs():
+                return
+
+    def _start_until_it_runs(self) -> bool:
+        """Returns whether to go on: it runs, or was told to end."""
+        while not self._ending.is_set():
+            try:
+                self._start_again()
+            except TransferQueueError as error:
+                pause_s = self.starts.next_pause_s(error.message, time.monotonic())
+            else:
+                self.starts.succeeded()
+                return True
+            failed, last = self.starts.failed, self.starts.last_error
+            if pause_s is None:
+                within = f"within {self.starts.patience_s:.0f} s"
+                self._give_up(f"{failed} starts failed {within}, the last one with: {last}")
+                return False
+            log.warning("%s could not be started again: %s", self.name, last)
+            self._set(f"starting, {failed} starts failed, the last one with: {last}")
+            self._ending.wait(pause_s)
+        return True
 
     def _start_again(self) -> None:
+        """Raises what kept it from starting."""
         with self._lock:
             if self._ending.is_set():
                 return
             _close_input(self._process)
-            try:
-                self._process = self._spawn()
-            except ConnectionLost as error:
-                log.warning("%s", error)
-                return
+            self._process = self._spawn()
         try:
             self._answer(self._process)
-        except TransferQueueError as error:
-            log.warning("%s could not be started again: %s", self.name, error)
+        except BaseException:
             self._process.kill()
-        else:
-            self._set("running")
+            self._process.wait()
+            raise
+        self._set("running")
 
-    def _give_up(self, code: int) -> None:
+    def _too_often(self, code: int) -> str:
         window_s, most = self.restarts.window_s, self.restarts.most
         last = f"it ended with {_ending(code)}"
-        reason = f"{last} after {most} restarts within {window_s:.0f} s" if most else f"{last} and kept no journal"
+        return f"{last} after {most} restarts within {window_s:.0f} s" if most else f"{last} and kept no journal"
+
+    def _give_up(self, reason: str) -> None:
         log.error("%s is not started again: %s", self.name, reason)
         self._set(f"not started again: {reason}")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from transfer_queue.samplers.states import States, ranks_of, states_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +39,12 @@ class BaseSampler(ABC):
     """Decides which ready rows a draw gets.
 
     A sampler must not keep or change what it is given, has to be picklable, and is called by one thread at a time.
+
+    There are two dialects, told apart by the signature of `sample` (`samplers.dialect`). The native one is described
+    at `sample`; the other is `sample(ready_indexes, batch_size, *args, **kwargs) -> (sampled, consumed)`. It is told
+    `partition`, `partition_id`, `task_name` and every entry of the request's `sampler_params`, and may
+    keep the batch of a rank in `self._states[partition_id][task_name][dp_rank][batch_index]`: the controller reserves
+    what is kept there, lets that rank have it again, and forgets it when one of its rows is cleared.
     """
 
     lazy: bool = False
@@ -44,6 +53,9 @@ class BaseSampler(ABC):
     """`sample` is asked also while fewer rows are ready than were asked for."""
     whole_groups: bool = False
     """`sample` hands out complete groups only, the rows of a group adjacent."""
+
+    def __init__(self) -> None:
+        self._states: States = {}
 
     def filter_ready_indices(
         self,
@@ -84,8 +96,29 @@ class BaseSampler(ABC):
     def check_request(self, batch_size: int, **kwargs: Any) -> None:  # noqa: B027  most samplers serve any size
         """Raise `InvalidArgument` for a request that can never be served, whatever becomes ready."""
 
-    def __call__(self, ready_indices: Sequence[int], batch_size: int, **kwargs: Any) -> Any:
-        return self.sample(ready_indices, batch_size, **kwargs)
+    # ------------------------------------------------------------ batches that are kept
+
+    def has_cached_result(self, partition_id: str, task_name: str, sampling_config: Mapping[str, Any] | None) -> bool:
+        """Is a batch kept for this `dp_rank` and `batch_index`? Then `sample` is asked whatever is ready."""
+        config = sampling_config or {}
+        rank = config.get("dp_rank")
+        kept = None if rank is None else ranks_of(states_of(self), partition_id, task_name).get(rank)
+        return isinstance(kept, dict) and config.get("batch_index") in kept
+
+    def clear_cache(self, partition_id: str) -> None:
+        """The partition is gone: forget what was kept for it. Unknown: no-op."""
+        states_of(self).pop(partition_id, None)
+
+    def save_checkpoint(self) -> dict[str, Any]:
+        """What has to come back after a restart: numbers, texts, bytes, arrays, and lists, tuples, dicts of those."""
+        return {"_states": copy.deepcopy(states_of(self))}
+
+    def load_checkpoint(self, state: dict[str, Any]) -> None:
+        """Take what `save_checkpoint` returned, in place of what is there."""
+        self._states = copy.deepcopy(state.get("_states", {}))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.sample(*args, **kwargs)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))

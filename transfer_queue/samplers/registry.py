@@ -10,7 +10,10 @@ from typing import Any, TypeAlias
 from transfer_queue.errors import InvalidArgument, UnknownName, WrongType, nearest
 from transfer_queue.samplers.base import BaseSampler
 from transfer_queue.samplers.dp import DPSampler
+from transfer_queue.samplers.group_n import GRPOGroupNSampler
 from transfer_queue.samplers.grpo import GRPOSampler
+from transfer_queue.samplers.rank_aware import RankAwareSampler
+from transfer_queue.samplers.seqlen_balanced import SeqlenBalancedSampler
 from transfer_queue.samplers.sequential import SequentialSampler
 
 SamplerLike: TypeAlias = "BaseSampler | type[BaseSampler] | Callable[[], BaseSampler] | str"
@@ -19,6 +22,9 @@ _CLASSES: dict[str, type[BaseSampler]] = {
     "SequentialSampler": SequentialSampler,
     "GRPOSampler": GRPOSampler,
     "DPSampler": DPSampler,
+    "GRPOGroupNSampler": GRPOGroupNSampler,
+    "RankAwareSampler": RankAwareSampler,
+    "SeqlenBalancedSampler": SeqlenBalancedSampler,
 }
 
 

@@ -14,6 +14,10 @@ a block are cleared is no fact of the unit: the controller knows it. That bytes 
     (PIN, number, host, pid, start time, client, request, ids)
                                                   `ids` as raw int64            (UNPIN, number)
     (NEXT, span, pin)                             numbers below these are used up
+    (LIFE, name)                                  of this index, as long as it is whole
+    (LOST, id)                                    its bytes are gone, and the controller does not know it yet
+    (SPAN_LOST, first block)                      the same of a span, with all that its holder may have carved
+    (TOLD,)                                       now it does
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ class Kind(IntEnum):
     PIN = 9
     UNPIN = 10
     NEXT = 11
+    LIFE = 12
+    LOST = 13
+    SPAN_LOST = 14
+    TOLD = 15
 
 
 SPAN_MASK = (1 << (UNIT_SHIFT - SPAN_SHIFT)) - 1
@@ -94,7 +102,10 @@ class Known:
     spans: dict[int, KnownSpan] = field(default_factory=dict)
     pins: dict[int, KnownPin] = field(default_factory=dict)
     next_span: int | None = None
-    next_pin: int = 1
+    next_pin: int | None = None
+    life: str | None = None
+    lost: set[int] = field(default_factory=set)
+    lost_spans: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, facts: Iterable[Fact]) -> Known:
@@ -121,6 +132,15 @@ class Known:
                 self.pins.pop(number)
             case (Kind.NEXT, span, pin):
                 self.next_span, self.next_pin = span, pin
+            case (Kind.LIFE, name):
+                self.life = name
+            case (Kind.LOST, block_id):
+                self.lost.add(block_id)
+            case (Kind.SPAN_LOST, first):
+                self.lost_spans.add(first)
+            case (Kind.TOLD,):
+                self.lost.clear()
+                self.lost_spans.clear()
             case _:
                 self._add_of_span(fact)
 

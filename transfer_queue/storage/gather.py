@@ -276,7 +276,7 @@ def _merged(parts: list[Pick]) -> list[Pick]:
     kinds: dict[tuple[object, ...], list[Pick]] = {}
     for part in parts:
         layout = part.spec.layout
-        kind = (part.spec.dtype, _rank(part)) if layout in TENSOR_LAYOUTS else (layout,)
+        kind = (part.spec.dtype, _rank(part)) if layout in TENSOR_LAYOUTS else (layout, part.spec.shape)
         kinds.setdefault(kind, []).append(part)
     return [members[0] if len(members) == 1 else _join(members) for members in kinds.values()]
 

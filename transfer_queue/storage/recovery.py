@@ -6,46 +6,49 @@ which nothing was given back and that lost bytes nevertheless is damaged, and on
 judged when its cleared slots are known (`misplaced`). What nobody claims is free.
 
 A block is lost if its arena is gone, if its bytes are another's, or if its header, directory or checksums do not fit.
+What is lost is written down until the controller has heard of it, so that it refuses whoever would still commit it.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from transfer_queue.errors import DecodeError
-from transfer_queue.messages import SPAN_SHIFT, Int64s, ReturnSpan, Unpin
+from transfer_queue.messages import SPAN_SHIFT, Int64s
 from transfer_queue.storage.arena import Arena, Arenas
 from transfer_queue.storage.block import Block, Directories, read_head
 from transfer_queue.storage.checksums import check_head
-from transfer_queue.storage.facts import SPAN_MASK, Asked, Fact, Kind, Known, KnownSpan, pin_fact
+from transfer_queue.storage.facts import SPAN_MASK, Fact, Kind, Known, KnownSpan, pin_fact
 from transfer_queue.storage.reuse import returnable
 from transfer_queue.storage.space import Hold, UnitSpace
-from transfer_queue.storage.spans import RangeSet, Span, StoredBlock
+from transfer_queue.storage.spans import BLOCKS_PER_SPAN, RangeSet, Span, StoredBlock
 
 log = logging.getLogger(__name__)
 
-_SMALLEST_BLOCK_BYTES = 128
-_MOST_TO_COME = 1024
 
-
-def rebuild(arenas: Arenas, known: Known, next_span: int) -> tuple[UnitSpace, dict[int, str]]:
+def rebuild(arenas: Arenas, known: Known) -> tuple[UnitSpace, dict[int, str]]:
     """Return the space that the facts describe, and why blocks are lost, by id; those are freed already.
 
-    next_span   where span numbers begin if none is known
+    Where nothing is known the space is empty and has another life. Its numbers of spans and pins begin anywhere, so
+    that those of another life mean nothing here, but low: ids go up, and are used up late.
     """
     missing = arenas.reopen(known.arenas)
     members = {arena.name: arena for arena in arenas.members}
-    space = UnitSpace(arenas, next_span=known.next_span or next_span, next_pin=known.next_pin)
-    lost = {}
+    space = _empty(arenas, known)
+    space.facts += [(Kind.ARENA_GONE, name) for name in missing]
+    lost: dict[int, str] = {}
     for span in known.spans.values():
         if span.arena in members:
             space.spans[span.number] = _restored(span, members[span.arena], space)
         else:
             reason = f"its arena {span.arena} could not be opened: {missing.get(span.arena, 'nobody knows it')}"
             lost.update(dict.fromkeys(span.blocks, reason))
+            space.lose_span(span.first_block)
+            space.facts += _forgetting(span)
     damaged = _claim_all(space)
     for number, pin in known.pins.items():
         space.pins[number] = Hold(pin.holder, tuple(_pinned(space, pin.blocks)), pin.asked)
@@ -55,25 +58,23 @@ def rebuild(arenas: Arenas, known: Known, next_span: int) -> tuple[UnitSpace, di
             lost[block.block_id] = wrong
     for block_id, reason in lost.items():
         log.error("block %d is lost: %s", block_id, reason)
-    space.free(as_ids(lost))
+    space.lose(as_ids(lost))
+    space.find_granted()
     return space, lost
 
 
 def all_facts(space: UnitSpace) -> list[Fact]:
     """Return facts that say all there is to know now, in place of those from the first day on."""
-    facts: list[Fact] = [(Kind.ARENA, arena.name, arena.size_bytes) for arena in space.arenas.members]
+    facts: list[Fact] = [(Kind.LIFE, space.life)]
+    facts += [(Kind.ARENA, arena.name, arena.size_bytes) for arena in space.arenas.members]
     for span in space.spans.values():
         facts += span.all_facts()
     for number, hold in space.pins.items():
         facts.append(pin_fact(number, hold.holder, hold.asked, as_ids(block.block_id for block in hold.blocks)))
+    facts += [(Kind.LOST, block_id) for block_id in space.lost]
+    facts += [(Kind.SPAN_LOST, first_block) for first_block in space.lost_spans]
     facts.append((Kind.NEXT, space.next_span, space.next_pin))
     return facts
-
-
-def granted(space: UnitSpace) -> dict[Asked, ReturnSpan | Unpin]:
-    """Return what ends each span and pin, by the request that it was granted to."""
-    spans = {span.asked: ReturnSpan(span=span.number) for span in space.spans.values() if span.open}
-    return {**spans, **{hold.asked: Unpin(pin=number) for number, hold in space.pins.items()}}
 
 
 def unsound(block: StoredBlock, directories: Directories) -> str | None:
@@ -90,17 +91,19 @@ def unsound(block: StoredBlock, directories: Directories) -> str | None:
     return None
 
 
-def announced(space: UnitSpace, without: Iterable[int] = ()) -> Int64s:
-    """Return the ids of all blocks that are stored, and of those that living writers may add to their spans just now.
+def stored_ids(space: UnitSpace) -> Int64s:
+    """Return the ids of all blocks that are found by now."""
+    return as_ids(block.block_id for block in space.blocks() if not block.freed)
+
+
+def carvable_ids(space: UnitSpace) -> Int64s:
+    """Return the ids of the next blocks of living writers, one for each span that they may add to.
 
     A writer does not wait for the unit: between this moment and the answer of the controller, it may commit more.
     """
-    ids = [block.block_id for block in space.blocks() if not block.freed]
-    for span in space.spans.values():
-        if span.open and span.holder is not None:
-            first = span.first_block + span.end[0]
-            ids += range(first, first + min(span.unused_bytes // _SMALLEST_BLOCK_BYTES, _MOST_TO_COME))
-    return as_ids(dict.fromkeys(ids).keys() - set(without))
+    held = [span for span in space.spans.values() if span.open and span.holder is not None]
+    spans = [span for span in held if span.first_block not in space.lost_spans and span.end[0] < BLOCKS_PER_SPAN]
+    return as_ids(span.first_block + span.end[0] for span in spans)
 
 
 def misplaced(block: StoredBlock, readable: Block) -> bool:
@@ -119,6 +122,24 @@ def as_ids(blocks: Iterable[int]) -> Int64s:
 
 
 # ---------------------------------------------------------------- inside
+
+
+def _empty(arenas: Arenas, known: Known) -> UnitSpace:
+    numbers = {
+        "next_span": known.next_span or 1 + secrets.randbelow(SPAN_MASK >> 2),
+        "next_pin": known.next_pin or 1 + secrets.randbelow(1 << 62),
+    }
+    space = UnitSpace(arenas, known.life or secrets.token_hex(8), **numbers)
+    if known.life is None:
+        space.facts.append((Kind.LIFE, space.life))
+    space.lost, space.lost_spans = set(known.lost), set(known.lost_spans)
+    return space
+
+
+def _forgetting(span: KnownSpan) -> list[Fact]:
+    """The facts that end a span and its blocks."""
+    ending: list[Fact] = [(Kind.FINISHED, span.number)] if span.open else []
+    return ending + [(Kind.DROPPED, block_id) for block_id in span.blocks]
 
 
 def _restored(known: KnownSpan, arena: Arena, space: UnitSpace) -> Span:

@@ -1,10 +1,14 @@
 """A unit that came back, and the controller, agree on what is stored.
 
 The steps of `reconcile`: (1) blocks of which nothing was given back are verified, if they have checksums; (2) the
-controller hears which blocks there are, and says which are in use and which of their rows were cleared; (3) what was
-cleared is given back, the other blocks are verified as far as that allows, and what does not fit is lost; (4) if
-anything was lost, the controller hears again which blocks there are. Nobody holds the lock of the unit while bytes
-are verified or the controller is asked; a pin keeps the blocks meanwhile.
+controller hears which blocks there are and which are lost, and says which are in use and which of their rows were
+cleared; (3) what was cleared is given back, the other blocks are verified as far as that allows, and what does not fit
+is lost; (4) if anything was lost, the controller hears again. Nobody holds the lock of the unit while bytes are
+verified or the controller is asked; a pin keeps the blocks meanwhile.
+
+A block that the unit ever lent space for, and that nobody gave up, is in one of three states then: it is stored; its
+writer lives and has its span, where it is found when it is written; or the controller refuses it. For a unit that has
+its index knows every span that it lent, and one that has lost it gets another number, and the old one is refused.
 """
 
 from __future__ import annotations
@@ -17,45 +21,56 @@ from typing import TypeAlias
 import numpy as np
 
 from transfer_queue.errors import DecodeError
-from transfer_queue.messages import SPAN_SHIFT, FreeBlocks, Int64s, Reconciled
+from transfer_queue.messages import SPAN_SHIFT, FreeBlocks, Int64s, Reconcile, Reconciled
 from transfer_queue.storage.block import read_head
 from transfer_queue.storage.checksums import Suspect, damaged
 from transfer_queue.storage.facts import SPAN_MASK
-from transfer_queue.storage.recovery import announced, as_ids, misplaced
+from transfer_queue.storage.recovery import as_ids, carvable_ids, misplaced, stored_ids
 from transfer_queue.storage.space import UnitSpace
 from transfer_queue.storage.spans import StoredBlock
 from transfer_queue.wire.holders import process_id
 
 log = logging.getLogger(__name__)
 
-Reconcile: TypeAlias = Callable[[Int64s], Reconciled]
+AskController: TypeAlias = Callable[[Reconcile], Reconciled]
 
 
 class Returning:
-    """One agreement. `save` writes down the facts of the space; it is called with `lock` held."""
+    """One agreement, of the unit with this number.
 
-    def __init__(self, space: UnitSpace, lock: threading.Lock, save: Callable[[], None]) -> None:
+    `save` writes down the facts of the space; it is called with `lock` held.
+    """
+
+    def __init__(self, space: UnitSpace, lock: threading.Lock, save: Callable[[], None], number: int) -> None:
         self.lost: dict[int, str] = {}
+        self._number = number
         self._space = space
         self._lock = lock
         self._save = save
 
-    def reconcile(self, ask: Reconcile) -> None:
+    def reconcile(self, ask: AskController) -> None:
         """Raises what `ask` raises; then it is to be tried again."""
         self._lose(self._verified(partial=False))
+        question = self._question()
+        found = ask(question)
         with self._lock:
-            blocks = announced(self._space)
-        found = ask(blocks)
-        with self._lock:
-            missing = self._apply(blocks, found)
+            missing = self._apply(question.blocks, found)
         missing.update(self._verified(partial=True))
         self._lose(missing)
         if missing:
-            with self._lock:
-                blocks = announced(self._space, missing)
-            ask(blocks)
+            ask(self._question())
         with self._lock:
             self._space.unconfirmed.clear()
+            self._space.told()
+            self._save()
+
+    def _question(self) -> Reconcile:
+        with self._lock:
+            space = self._space
+            lost, spans = as_ids(space.lost), as_ids(space.lost_spans)
+            stored = stored_ids(space)
+            carvable = carvable_ids(space)  # behind what was found just now
+            return Reconcile(unit=self._number, blocks=stored, carvable=carvable, lost=lost, lost_spans=spans)
 
     def _verified(self, *, partial: bool) -> dict[int, str]:
         """Look at the blocks of which some bytes (none) were given back; return what is wrong with which."""
@@ -92,18 +107,24 @@ class Returning:
     def _apply(self, blocks: Int64s, found: Reconciled) -> dict[int, str]:
         """Take over what the controller says; return the blocks in use that are not there, or were never completed.
 
-        A block that nobody points to, and that no living writer can commit any more, is freed.
+        A block that nobody points to, and that no living writer can commit any more, is freed. Where a block is in use
+        that was never found, those behind it in its span will not be found either.
         """
         space = self._space
-        used = np.asarray(found.committed) != 0
-        lacking = filter(self._lacks, blocks[used].tolist())
+        used, refused = np.asarray(found.committed) > 0, np.asarray(found.committed) < 0
+        lacking = filter(self._lacks, [*blocks[used].tolist(), *found.carved.tolist()])
         missing = dict.fromkeys(lacking, "it is in use, but not whole")
+        for block_id in missing:
+            span = space.spans[block_id >> SPAN_SHIFT & SPAN_MASK]
+            if span.find(block_id) is None:
+                space.lose_span(span.first_block)
         settled = {
             block.block_id
             for span in space.spans.values()
             for block in span.blocks.values()
             if span.holder is None or block.partial
         }
+        space.free(blocks[refused])
         space.free(as_ids(block_id for block_id in blocks[~used].tolist() if block_id in settled))
         whole = np.isin(found.cleared_blocks, as_ids(missing), invert=True)
         cleared = found.cleared_blocks[whole], found.cleared_slots[whole]
@@ -124,7 +145,7 @@ class Returning:
             log.error("block %d is lost: %s", block_id, reason)
         self.lost.update(wrong)
         with self._lock:
-            self._space.free(as_ids(wrong))
+            self._space.lose(as_ids(wrong))
             self._save()
 
 

@@ -6,18 +6,20 @@ leaves in `facts`, for its caller to write down before anybody is answered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from transfer_queue.errors import DecodeError, InvalidArgument, StaleSampleError
+from transfer_queue.errors import BlockLost, DecodeError, InvalidArgument, StaleSampleError
 from transfer_queue.messages import SPAN_SHIFT, UNIT_SHIFT, FreeBlocks, Int64s, Pinned, ProcessId, Reserved
 from transfer_queue.storage.arena import Arenas
 from transfer_queue.storage.block import ALIGNMENT, Block, Directories, aligned
 from transfer_queue.storage.facts import NOBODY, SPAN_MASK, Asked, Kind, pin_fact
 from transfer_queue.storage.ranges import Bytes
 from transfer_queue.storage.spans import Span, StoredBlock
+from transfer_queue.wire.holders import is_remote
 
 _SHOWN = 8
 
@@ -36,15 +38,22 @@ class UnitSpace:
 
     facts        what happened since they were last taken away; the arenas add theirs
     unconfirmed  blocks some of whose bytes were given back, and nobody knows yet which: not to be read
-    next_span    the number of the first span to be lent; a unit that forgot its spans starts where it never was
+    next_span    the number of the first span to be lent; a unit that forgot its spans starts anywhere, as with pins
+    life         a name for this index: who has it knows every span that was ever lent under it
+    lost         blocks whose bytes are gone, which their writers might still commit until the controller is `told`
+    lost_spans   the first blocks of spans of which the same is true, for all that was and will be carved from them
     """
 
-    def __init__(self, arenas: Arenas, *, next_span: int = 1, next_pin: int = 1) -> None:
+    def __init__(self, arenas: Arenas, life: str = "", *, next_span: int = 1, next_pin: int = 1) -> None:
         self.arenas = arenas
         self.facts = arenas.facts
         self.number = 0
+        self.life = life
+        self.lost: set[int] = set()
+        self.lost_spans: set[int] = set()
         self.spans: dict[int, Span] = {}
         self.pins: dict[int, Hold] = {}
+        self._granted: dict[str, dict[int, Span | int]] = {}  # open spans and numbers of pins, by client and request
         self.unconfirmed: set[int] = set()
         self.directories = Directories()
         self.next_span = next_span
@@ -64,13 +73,14 @@ class UnitSpace:
         first = self.number << UNIT_SHIFT | number << SPAN_SHIFT
         self.spans[number] = Span(number, first, arena, offset, size, holder, asked, self.facts)
         self.facts.append(self.spans[number].fact())
+        self._note_granted(asked, self.spans[number])
         return Reserved(span=number, first_block=first, arena=arena.path, offset=offset, size_bytes=size)
 
     def write(self, number: int, offset: int, frames: Iterable[Bytes]) -> int:
         """Copy frames into an open span; return the bytes written."""
         span = self.spans.get(number)
         if span is None or not span.open:
-            raise InvalidArgument(f"span {number} is not lent any more; reserve another one and write the block again")
+            raise BlockLost(f"span {number} is not lent any more: its writer was taken for dead; put again")
         parts = list(frames)
         size = sum(part.nbytes for part in parts)
         if offset < 0 or offset + size > span.size_bytes:
@@ -85,13 +95,13 @@ class UnitSpace:
         """The holder carves no more; unknown spans are ignored."""
         span = self.spans.get(number)
         if span is not None:
-            span.finish()
+            self._finish(span)
             self._forget_empty(span)
 
     def free(self, blocks: Int64s) -> None:
         """Nobody points to these blocks any more; unknown ones are ignored."""
         for block_id in blocks.tolist():
-            found = self._find(block_id)
+            found = self.find(block_id)
             if found is None or found[1].freed:
                 continue
             span, block = found
@@ -114,7 +124,7 @@ class UnitSpace:
         order = np.argsort(message.partial_blocks, kind="stable")
         blocks, first = np.unique(message.partial_blocks[order], return_index=True)
         for block_id, slots in zip(blocks.tolist(), np.split(message.partial_slots[order], first[1:]), strict=False):
-            found = self._find(block_id)
+            found = self.find(block_id)
             if found is not None and not found[1].freed:
                 block, whole = found[1], not found[1].partial
                 try:
@@ -144,6 +154,7 @@ class UnitSpace:
         self.next_pin += 1
         self.pins[number] = Hold(holder, tuple(held), asked)
         self.facts.append(pin_fact(number, holder, asked, blocks))
+        self._note_granted(asked, number)
         arenas = {block.arena.path: None for block in held}
         number_of = {path: position for position, path in enumerate(arenas)}
         cleared = {block.block_id: block.cleared_slots() for block in held if block.cleared is not None}
@@ -165,6 +176,7 @@ class UnitSpace:
         if hold is None:
             return
         self.facts.append((Kind.UNPIN, number))
+        self._forget_granted(hold.asked)
         for block in hold.blocks:
             block.pins -= 1
             if block.pins:
@@ -173,24 +185,64 @@ class UnitSpace:
                 whole = not block.partial
                 block.give_back_cleared(self.directories)
                 self._note_partial(block, whole)
-            elif (found := self._find(block.block_id)) is not None:
+            elif (found := self.find(block.block_id)) is not None:
                 self._drop(*found)
+
+    # ------------------------------------------------------------ whom it was granted to
+
+    def find_granted(self) -> None:
+        """The spans and pins came from elsewhere: note whom they were granted to."""
+        self._granted = {}
+        for span in self.spans.values():
+            if span.open:
+                self._note_granted(span.asked, span)
+        for number, hold in self.pins.items():
+            self._note_granted(hold.asked, number)
+
+    def take_back(self, asked: Asked) -> None:
+        """End the span or the pin that was granted to this request, if there is one."""
+        client, request = asked
+        match self._granted.get(client, {}).get(request):
+            case Span(number=number):
+                self.return_span(number)
+            case int() as pin:
+                self.unpin(pin)
+
+    def keep_only(self, client: str, before: int, requests: Set[int]) -> None:
+        """End what was granted to requests of a client below `before`, but to these."""
+        for request in list(self._granted.get(client, ())):
+            if request < before and request not in requests:
+                self.take_back((client, request))
 
     # ------------------------------------------------------------ the dead
 
-    def holders(self) -> set[ProcessId]:
-        """Every process that holds a pin or wrote a block whose fate is open."""
-        writers = (span.holder for span in self.spans.values() if span.holder is not None and not span.settling)
-        by_name = {(who.host, who.pid, who.start_time): who for who in (*writers, *self._pinners())}
-        return set(by_name.values())
+    def holders(self) -> tuple[set[ProcessId], set[str]]:
+        """Return all who hold a pin or wrote a block whose fate is open: processes, and clients that are elsewhere."""
+        writers = (span for span in self.spans.values() if span.holder is not None and not span.settling)
+        every: Iterator[Span | Hold] = itertools.chain(writers, self.pins.values())
+        processes, clients = {}, set()
+        for held in every:
+            who = held.holder
+            if is_remote(who):
+                clients.add(held.asked[0])
+            elif who is not None:
+                processes[who.host, who.pid, who.start_time] = who
+        return set(processes.values()), clients
 
     def release(self, dead: ProcessId) -> list[Span]:
         """Release all that a dead process held, but its sealed blocks; return the spans where those lie."""
-        for number in [number for number, hold in self.pins.items() if _same(hold.holder, dead)]:
+        return self._release(lambda held: _same(held.holder, dead))
+
+    def release_client(self, client: str) -> list[Span]:
+        """The same of a client that is elsewhere, and gone."""
+        return self._release(lambda held: held.asked[0] == client and is_remote(held.holder))
+
+    def _release(self, theirs: Callable[[Span | Hold], bool]) -> list[Span]:
+        for number in [number for number, hold in self.pins.items() if theirs(hold)]:
             self.unpin(number)
         open_fate = []
-        for span in [span for span in self.spans.values() if _same(span.holder, dead) and not span.settling]:
-            span.finish()
+        for span in [span for span in self.spans.values() if theirs(span) and not span.settling]:
+            self._finish(span)
             self.free(np.array([block.block_id for block in span.blocks.values() if not block.sealed], np.int64))
             if span.blocks:
                 span.settling = True
@@ -207,6 +259,28 @@ class UnitSpace:
         if lost is not None:
             self.free(lost)
 
+    # ------------------------------------------------------------ what is lost
+
+    def lose(self, blocks: Int64s) -> None:
+        """The bytes of these blocks are not what was written: free them."""
+        new = [block_id for block_id in blocks.tolist() if block_id not in self.lost]
+        self.facts += [(Kind.LOST, block_id) for block_id in new]
+        self.lost.update(new)
+        self.free(blocks)
+
+    def lose_span(self, first_block: int) -> None:
+        """Blocks of this span cannot be found any more, whatever its holder carves."""
+        if first_block not in self.lost_spans:
+            self.facts.append((Kind.SPAN_LOST, first_block))
+            self.lost_spans.add(first_block)
+
+    def told(self) -> None:
+        """The controller knows what is lost, and refuses it."""
+        if self.lost or self.lost_spans:
+            self.facts.append((Kind.TOLD,))
+            self.lost.clear()
+            self.lost_spans.clear()
+
     # ------------------------------------------------------------ all of it
 
     def blocks(self) -> Iterator[StoredBlock]:
@@ -215,18 +289,33 @@ class UnitSpace:
             span.walk()
             yield from span.blocks.values()
 
-    # ------------------------------------------------------------ inside
-
-    def _pinners(self) -> Iterator[ProcessId]:
-        return (hold.holder for hold in self.pins.values())
-
-    def _find(self, block_id: int) -> tuple[Span, StoredBlock] | None:
+    def find(self, block_id: int) -> tuple[Span, StoredBlock] | None:
+        """Return a block that is stored, and its span."""
         span = self.spans.get(block_id >> SPAN_SHIFT & SPAN_MASK)
         block = None if span is None else span.find(block_id)
         return None if span is None or block is None else (span, block)
 
+    # ------------------------------------------------------------ inside
+
+    def _note_granted(self, asked: Asked, what: Span | int) -> None:
+        client, request = asked
+        if client:
+            self._granted.setdefault(client, {})[request] = what
+
+    def _forget_granted(self, asked: Asked) -> None:
+        client, request = asked
+        known = self._granted.get(client, {})
+        known.pop(request, None)
+        if not known:
+            self._granted.pop(client, None)
+
+    def _finish(self, span: Span) -> None:
+        if span.open:
+            self._forget_granted(span.asked)
+        span.finish()
+
     def _live(self, blocks: Sequence[int]) -> list[StoredBlock]:
-        found = {block_id: self._find(block_id) for block_id in blocks}
+        found = {block_id: self.find(block_id) for block_id in blocks}
         gone = [block_id for block_id, place in found.items() if place is None or place[1].freed]
         if gone:
             shown = ", ".join(map(str, gone[:_SHOWN])) + (", …" if len(gone) > _SHOWN else "")

@@ -9,20 +9,22 @@ journal in its folder before anybody sees their effect. The next `UnitService` o
 
 1. Built, it has its index again (`recovery`): spans and pins as they were, blocks whose heads are sound, free space. It
    serves readers of blocks of which no byte was ever given back. What the dead hold is released as ever; spans of
-   living writers stay theirs, and blocks that they carved meanwhile are found.
+   living writers stay theirs, and blocks that they carved meanwhile are found. What clients gave back while nobody
+   listened ends when they say what they still have (`reaping`).
 2. `return_to` verifies checksums and asks the controller which blocks are in use and which of their rows were cleared
    (`returning`). Then readers of the other blocks, and writers, are served.
 
-Block ids go on from where they were. A unit without its journal, or with a damaged one, starts empty: its span numbers
-begin anywhere among 2^32 and its files have new names, so that handles and mappings of the life before meet nothing.
+Block ids go on from where they were. A unit without its journal, or with one that is damaged or not whole, starts
+empty: that is another `life`, to which the controller gives another number, and its files have new names, so that
+handles and mappings of the life before meet nothing.
 """
 
 from __future__ import annotations
 
-import secrets
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,6 @@ from transfer_queue.messages import (
     Fetch,
     FreeBlocks,
     GetUnitStats,
-    Int64s,
     Pin,
     Pinned,
     ReadBlock,
@@ -48,23 +49,24 @@ from transfer_queue.messages import (
     Reserve,
     Reserved,
     ReturnSpan,
+    StillHeld,
     Unpin,
     Write,
 )
 from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arenas, free_bytes, no_memory
 from transfer_queue.storage.block import aligned
-from transfer_queue.storage.facts import SPAN_MASK, Fact, Known
-from transfer_queue.storage.figures import figures, no_space
+from transfer_queue.storage.facts import Asked, Fact, Known
+from transfer_queue.storage.figures import figures, no_space, rss_bytes
 from transfer_queue.storage.growth import Growth
 from transfer_queue.storage.log import FactLog
 from transfer_queue.storage.packing import pack, piece
-from transfer_queue.storage.recovery import all_facts, granted, rebuild
-from transfer_queue.storage.returning import Reconcile, Returning
-from transfer_queue.storage.spans import Span
-from transfer_queue.wire.holders import is_alive
+from transfer_queue.storage.reaping import Reaper, Settle
+from transfer_queue.storage.recovery import all_facts, rebuild
+from transfer_queue.storage.returning import AskController, Returning
 from transfer_queue.wire.ticket import Ticket
 
 _REAP_S = 1.0
+_HOST_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +91,13 @@ class UnitService:
         *,
         capacity_bytes: int | None = None,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
-        settle: Callable[[Int64s], Int64s] | None = None,
+        settle: Settle | None = None,
         journal: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises `CapacityExceeded` if there is no memory for the first arena or the journal."""
         if (capacity_bytes is not None and capacity_bytes < PAGE_BYTES) or arena_bytes < PAGE_BYTES:
             raise InvalidArgument(f"capacity_bytes and arena_bytes must be {PAGE_BYTES} or more")
-        self.settle = settle
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
@@ -106,20 +107,25 @@ class UnitService:
         self._shortening = False  # a snapshot of the journal is being written
         self._log: FactLog | None = None
         known = Known()
-        if journal:
-            self._log, known = FactLog.open(folder)
-        if capacity_bytes is None:
-            capacity_bytes = max((free_bytes(folder) + sum(known.arenas.values())) // 2, PAGE_BYTES)
-        self._arenas = Arenas(folder, capacity_bytes, arena_bytes)
-        self._space, self.lost_blocks = rebuild(self._arenas, known, 1 + secrets.randbelow(SPAN_MASK))
-        self._granted = granted(self._space)
-        self.recovered = sum(len(span.blocks) for span in self._space.spans.values())
-        self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tq-unit")
-        self._growth = Growth(self._arenas, self._lock, self._beside, self._serve, clock)
-        with self._lock:
-            self._save()
-        if not self._arenas.members:
-            self._make_first_arena(folder)
+        with contextlib.ExitStack() as half_made:
+            if journal:
+                self._log, known = FactLog.open(folder)
+                half_made.callback(self._log.close, remove=not known.arenas)
+            if capacity_bytes is None:
+                capacity_bytes = max((free_bytes(folder) + sum(known.arenas.values())) // 2, PAGE_BYTES)
+            self._arenas = Arenas(folder, capacity_bytes, arena_bytes)
+            half_made.callback(self._leave_arenas, keep=bool(known.arenas))
+            self._space, self.lost_blocks = rebuild(self._arenas, known)
+            self.recovered = sum(len(span.blocks) for span in self._space.spans.values())
+            self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tq-unit")
+            half_made.callback(self._beside.shutdown)
+            self._reaper = Reaper(self._space, self._lock, self._beside, settle, self._serve)
+            self._growth = Growth(self._arenas, self._lock, self._beside, self._serve, clock)
+            with self._lock:
+                self._save()
+            if not self._arenas.members:
+                self._make_first_arena(folder)
+            half_made.pop_all()
 
     def __repr__(self) -> str:
         return f"<UnitService {self.number}: {self._arenas!r}, {len(self._waiting)} waiting>"
@@ -142,20 +148,25 @@ class UnitService:
         self._serve()
 
     @property
+    def life(self) -> str:
+        """A name for what is stored here: a unit that comes back with another one has nothing of it."""
+        return self._space.life
+
+    @property
     def capacity_bytes(self) -> int:
         return self._arenas.capacity_bytes
 
-    def return_to(self, number: int, reconcile: Reconcile) -> None:
+    def return_to(self, number: int, reconcile: AskController) -> None:
         """Agree with the controller on what is stored, then serve everybody, under this number.
 
         To be called, in place of setting `number`, when the controller has numbered the unit; in a thread that may
-        wait: checksums are verified first. `reconcile` is called once or twice, with all blocks there are. If it
-        raises, so does this, and it is to be called again: until then writers wait.
+        wait: checksums are verified first. `reconcile` is called once or twice, to ask the controller. If it raises, so
+        does this, and it is to be called again: until then writers wait.
         """
         with self._lock:
             self._space.number = 0
-        returning = Returning(self._space, self._lock, self._save)
-        returning.reconcile(reconcile)
+        returning = Returning(self._space, self._lock, self._save, number)
+        returning.reconcile(lambda question: self._reaper.agree(question, reconcile))
         self.lost_blocks.update(returning.lost)
         with self._lock:
             unconfirmed, self._unconfirmed = self._unconfirmed, []
@@ -169,6 +180,7 @@ class UnitService:
         """Answer a request, now or when there is space; one-way messages are only carried out."""
         try:
             with self._lock:
+                self._reaper.came(ticket.client_id)
                 try:
                     reply = self._handle(request, ticket)
                     answers = self._serve_waiting() if isinstance(request, _FREEING) else []
@@ -193,7 +205,7 @@ class UnitService:
                 self._waiting = [one for one in self._waiting if one.deadline > now]
                 if now >= self._reap_at:
                     self._reap_at = now + _REAP_S
-                    self._reap()
+                    self._reaper.reap(now)
                 answers += self._serve_waiting()
                 self._save()
                 return max(0.0, min([self._reap_at, *(one.deadline for one in self._waiting)]) - now)
@@ -207,10 +219,12 @@ class UnitService:
         self._serve()
 
     def gone(self, client_id: str) -> None:
-        """What a client holds here belongs to its process: see `tick`."""
+        """A client has no connection any more: what it held without having it mapped ends with the next `tick`."""
+        with self._lock:
+            self._reaper.gone(client_id)
 
-    def holding(self) -> tuple[str, ...]:
-        return ()
+    def holding(self) -> Collection[str]:
+        return self._reaper.clients
 
     def close(self) -> None:
         """Answer who waits, stop the threads, remove arenas and journal. May be called twice."""
@@ -230,17 +244,19 @@ class UnitService:
         _answer_all([(ticket, error) for ticket in tickets])
         self._beside.shutdown(wait=True, cancel_futures=True)
         with self._lock:
-            if keep:
-                self._arenas.members.clear()
-            self._arenas.close()
+            self._leave_arenas(keep=keep)
             if self._log is not None:
                 self._log.close(remove=not keep)
                 self._log = None
 
+    def _leave_arenas(self, *, keep: bool) -> None:
+        if keep:
+            self._arenas.members.clear()
+        self._arenas.close()
+
     def _make_first_arena(self, folder: Path) -> None:
         size = min(self._arenas.arena_bytes, self._arenas.capacity_bytes)
         if size > free_bytes(folder):
-            self.close()
             raise no_memory(folder, size)
         with self._lock:
             self._growth.make_room(1)
@@ -256,9 +272,9 @@ class UnitService:
                 self._unconfirmed.append((request, ticket))
                 return None
             case Pin():
-                self._forget_granted(ticket)
+                asked = self._asked(request, ticket)
                 self._check_room(blocks=len(request.blocks))
-                return self._space.pin(request.blocks, request.holder, (ticket.client_id, ticket.request_id))
+                return self._space.pin(request.blocks, request.holder, asked)
             case Unpin():
                 return self._space.unpin(request.pin)
             case ReturnSpan():
@@ -272,11 +288,13 @@ class UnitService:
                 return piece(self._space, request)
             case AbortBlocks():
                 return self._space.free(request.blocks)
+            case StillHeld():
+                return self._reaper.take(ticket.client_id, request)
             case FreeBlocks():
                 self._space.free(request.blocks)
                 return self._space.free_slots(request)
             case GetUnitStats():
-                return Report(entries={**figures(self._space), "waiting": len(self._waiting)})
+                return Report(entries={**figures(self._space), "waiting": len(self._waiting), "rss_bytes": rss_bytes()})
         raise WrongType(f"a storage unit does not serve {type(request).__name__}")
 
     def _reserve(self, request: Reserve, ticket: Ticket) -> Reserved | None:
@@ -286,9 +304,9 @@ class UnitService:
             raise ConnectionLost("the storage unit is closed")
         if aligned(request.size_bytes) > self._arenas.capacity_bytes:
             raise no_space(self._space, request, self._growth.full)
+        asked = self._asked(request, ticket)
         if self.number:
-            self._forget_granted(ticket)
-            reserved = self._lend(request, ticket)
+            reserved = self._lend(request, asked)
             self._growth.make_room_if_low()
             if reserved is not None:
                 return reserved
@@ -298,20 +316,22 @@ class UnitService:
         self._waiting.append(_Waiting(request, ticket, self._clock() + request.timeout_s))
         return None
 
-    def _lend(self, request: Reserve, ticket: Ticket) -> Reserved | None:
+    def _lend(self, request: Reserve, asked: Asked) -> Reserved | None:
         self._check_room()
-        return self._space.reserve(request.size_bytes, request.holder, (ticket.client_id, ticket.request_id))
+        return self._space.reserve(request.size_bytes, request.holder, asked)
+
+    def _asked(self, request: Reserve | Pin, ticket: Ticket) -> Asked:
+        """Return who asked. A request that comes again did not get what it was granted before: that ends."""
+        if len(request.holder.host.encode()) > _HOST_BYTES:
+            raise InvalidArgument(f"the host of a holder has more than {_HOST_BYTES} bytes: {request.holder.host}")
+        asked = ticket.client_id, ticket.request_id
+        self._space.take_back(asked)
+        return asked
 
     def _check_room(self, blocks: int = 0) -> None:
         """Raise `CapacityExceeded` if one more thing to be granted could not be written down."""
         if self._log is not None:
             self._log.check_room(len(self._space.facts) + 1, blocks)
-
-    def _forget_granted(self, ticket: Ticket) -> None:
-        """A request that comes again did not get what it was granted before the unit came back: that ends."""
-        granted = self._granted.pop((ticket.client_id, ticket.request_id), None) if self._granted else None
-        if granted is not None:
-            self._handle(granted, ticket)
 
     def _take_back(self, ticket: Ticket, reply: Any) -> None:
         self._waiting = [waiting for waiting in self._waiting if waiting.ticket is not ticket]
@@ -337,7 +357,7 @@ class UnitService:
         still = []
         for waiting in self._waiting:
             try:
-                reserved = self._lend(waiting.request, waiting.ticket)
+                reserved = self._lend(waiting.request, (waiting.ticket.client_id, waiting.ticket.request_id))
             except TransferQueueError as error:
                 answers.append((waiting.ticket, error))
                 continue
@@ -367,32 +387,8 @@ class UnitService:
         with self._lock:
             self._shortening = False
 
-    # ------------------------------------------------------------ the dead
 
-    def _reap(self) -> None:
-        for holder in self._space.holders():
-            if is_alive(holder):
-                continue
-            spans = self._space.release(holder)
-            if spans:
-                self._beside.submit(self._settle, spans)
-
-    def _settle(self, spans: list[Span]) -> None:
-        """Free what a dead writer sealed and never committed; if that cannot be learnt now, it is asked again."""
-        with self._lock:
-            blocks = np.array([block.block_id for span in spans for block in span.blocks.values()], np.int64)
-        lost: Int64s | None = np.empty(0, np.int64)
-        if self.settle is not None:
-            try:
-                lost = blocks[np.asarray(self.settle(blocks)) == 0]
-            except (TransferQueueError, OSError):
-                lost = None
-        with self._lock:
-            self._space.settle(spans, lost)
-        self._serve()
-
-
-_FREEING = (ReturnSpan, AbortBlocks, FreeBlocks, Unpin)
+_FREEING = (ReturnSpan, AbortBlocks, FreeBlocks, Unpin, StillHeld)
 
 
 def _answer_all(answers: list[tuple[Ticket, Reserved | TransferQueueError]]) -> None:

@@ -8,22 +8,23 @@ it opens its own links, under a client id of its own, at first use.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transfer_queue.errors import ConnectionLost, InvalidArgument, TransferQueueError, from_wire
-from transfer_queue.messages import Cancel, ErrorReply, Reply, Request
+from transfer_queue.errors import ConnectionLost, TransferQueueError, from_wire
+from transfer_queue.messages import AbortBlocks, Cancel, ErrorReply, Reply, Request
 from transfer_queue.wire.codec import encode_message
 from transfer_queue.wire.curve import check_key
+from transfer_queue.wire.grants import GRANTED
 from transfer_queue.wire.link import Link
 from transfer_queue.wire.pool import LoopLink, Pool
 from transfer_queue.wire.ports import choose_address
-from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, SUFFIX_BYTES, name_on_wire
-from transfer_queue.wire.security import MAX_CLIENT_ID_BYTES
+from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, name_on_wire
 from transfer_queue.wire.stream import LINGER_S
 from transfer_queue.wire.ticket import Answer
 
@@ -55,8 +56,6 @@ class Peer:
         curve_key: str = "",
         grace_s: float = GRACE_S,
     ) -> None:
-        if len(client_id.encode()) > MAX_CLIENT_ID_BYTES - 2 * SUFFIX_BYTES - 1:
-            raise InvalidArgument(f"the client id has {len(client_id)} characters: choose a shorter one")
         self.address = choose_address(local_address, folder, nonce, address, transport)
         self.client_id = client_id
         check_key(curve_key)
@@ -98,42 +97,64 @@ class Peer:
         answer: asyncio.Future[Answer] = loop.create_future()
         patience_s = timeout_s + self._grace_s
         lost = self._no_reply(request, patience_s)
+        replies: list[Answer] = []  # also those that come when nobody waits for `answer` any more
         timer = loop.call_later(patience_s, _resolve, answer, lost)
         link: LoopLink | None = None
         try:
             link = pool.for_loop(loop)
-            link.post(number, frames, functools.partial(_resolve, answer))
+            link.post(number, frames, functools.partial(_resolve_by, answer, replies))
             outcome = await answer
         except BaseException:
-            pool.ids.answered(number)
+            _withdraw(pool, request, number)
             if link is not None:
                 link.drop(number, cancel=True)
+                self._take_back(request, number, replies)
             raise
         finally:
             timer.cancel()
         link.drop(number, cancel=isinstance(request, GIVEN_BACK))
+        if outcome is lost:
+            self._take_back(request, number, replies)
         return _conclude(pool, request, number, outcome)
 
+    @property
+    def unput(self) -> set[int]:
+        return self._pool_now().grants.unput
+
     def notify(self, request: Request) -> None:
-        """Send a one-way message. It may get lost with the connection, and is lost if there is none in 2 s."""
+        """Send a one-way message. It may get lost with the connection, and is lost if there is none in 2 s.
+
+        What gives back a grant is not lost, see `wire.grants`, and needs no connection: the peer may be closed.
+        """
         pool = self._pool_now()
+        gives_back = pool.grants.given_back(request)
         frames = encode_message(request)
+        unsaid = frames if isinstance(request, AbortBlocks) else None  # of others it is enough that they are not held
+        if gives_back and pool.closed:
+            pool.courier.send(unsaid)
+            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self._notify_from_thread(pool, frames)
+            sent = self._notify_from_thread(pool, frames, INTRODUCTION_S if gives_back else NOTIFY_S)
         else:
-            pool.for_loop(loop).notify(frames)
+            sent = pool.for_loop(loop).notify(frames)
+        if gives_back and not sent:
+            pool.courier.send(unsaid)
 
-    def _notify_from_thread(self, pool: Pool, frames: list[Any]) -> None:
+    def _notify_from_thread(self, pool: Pool, frames: list[Any], timeout_s: float) -> bool:
+        """Return whether there is a connection for it, as far as is known."""
         link = pool.for_thread()
-        deadline = time.monotonic() + NOTIFY_S
+        deadline = time.monotonic() + timeout_s
         try:
             while not link.introduced and not pool.closed and (left_s := deadline - time.monotonic()) > 0:
                 link.wait(left_s)
-            if link.introduced:
-                link.notify(frames)
-                link.finish_sending(deadline - time.monotonic())
+            if not link.introduced:
+                return False
+            link.notify(frames)
+            link.finish_sending(deadline - time.monotonic())
+            link.receive()
+            return link.introduced
         finally:
             pool.done(link)
 
@@ -148,9 +169,10 @@ class Peer:
     # ------------------------------------------------------------ inside
 
     def _new_pool(self) -> Pool:
-        return Pool(functools.partial(self._link, name_on_wire(self.client_id)))
+        name = name_on_wire(self.client_id)
+        return Pool(self.address, lambda bell_fd, preface: self._link(name, bell_fd, preface=preface))
 
-    def _link(self, name: str, bell_fd: int, **told: Callable[..., None]) -> Link:
+    def _link(self, name: str, bell_fd: int, **told: Callable[..., Any]) -> Link:
         return Link(self.address, self._token, name, bell_fd=bell_fd, curve_key=self._curve_key, **told)
 
     def _pool_now(self) -> Pool:
@@ -161,6 +183,12 @@ class Peer:
             if closed:
                 self._pool.close()
         return self._pool
+
+    def _take_back(self, request: Request, request_id: int, replies: Sequence[Answer]) -> None:
+        """Nobody gets what came as a reply: it is withdrawn after all."""
+        if isinstance(request, GIVEN_BACK) and any(not isinstance(reply, BaseException) for reply in replies):
+            with contextlib.suppress(ConnectionLost):  # then the server finds that nobody took it
+                self.notify(Cancel(request_id=request_id))
 
     def _no_reply(self, request: Request, waited_s: float) -> ConnectionLost:
         return ConnectionLost(
@@ -222,7 +250,7 @@ class SocketPending:
 
     def cancel(self) -> None:
         """Withdraw the request, if it was not answered; nobody may ask for its result any more."""
-        self._pool.ids.answered(self.request_id)
+        _withdraw(self._pool, self._request, self.request_id)
         if self.link.torn:
             self.link.fail(ConnectionLost("this connection was interrupted within a message"))
             self._peer.notify(Cancel(request_id=self.request_id))
@@ -230,6 +258,7 @@ class SocketPending:
             self.link.drop(self.request_id, cancel=True)
             self.link.finish_sending(LINGER_S)
         self._pool.done(self.link)
+        self._peer._take_back(self._request, self.request_id, [] if self._outcome is None else [self._outcome])
 
 
 def _encode(pool: Pool, request: Request, again: int | None) -> tuple[int, list[Any]]:
@@ -247,9 +276,21 @@ def _resolve(answer: asyncio.Future[Answer], outcome: Answer) -> None:
         answer.set_result(outcome)
 
 
+def _resolve_by(answer: asyncio.Future[Answer], replies: list[Answer], outcome: Answer) -> None:
+    replies.append(outcome)
+    _resolve(answer, outcome)
+
+
+def _withdraw(pool: Pool, request: Request, request_id: int) -> None:
+    """Nobody waits for this request any more."""
+    pool.grants.concluded(request, request_id, None)
+    pool.ids.answered(request_id)
+
+
 def _conclude(pool: Pool, request: Request, request_id: int, outcome: Answer) -> Reply:
     """Return the reply, or raise what came instead of one."""
-    if isinstance(outcome, ConnectionLost) and isinstance(request, REMEMBERED):
+    pool.grants.concluded(request, request_id, outcome)
+    if isinstance(outcome, ConnectionLost) and isinstance(request, REMEMBERED) and not isinstance(request, GRANTED):
         pool.ids.unresolved(request_id)
     else:
         pool.ids.answered(request_id)

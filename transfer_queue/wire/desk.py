@@ -50,6 +50,10 @@ class Desk:
         self._reaches = reaches
         self._deliver = deliver
 
+    def serve_by(self, handler: Handler) -> None:
+        """Give requests to another handler from now on, which shares its state with the one before."""
+        self._handler = handler
+
     def receive(self, identity: Hashable, frames: Sequence[Any]) -> None:
         """Take the frames of one message. A failure of this server itself is answered as well."""
         _, error = self._guard(self._receive, identity, frames)

@@ -14,6 +14,9 @@ from transfer_queue.messages import ProcessId
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _DEAD_STATES = "ZX"
+
+ELSEWHERE = ProcessId(host="", pid=0, start_time=0.0)
+"""Holds no memory in its hands, it only asks over its connections; so it is gone when these are."""
 _STATE, _START_TIME = 0, 19  # fields of /proc/<pid>/stat behind the name
 
 
@@ -38,6 +41,11 @@ def to_record(process: ProcessId) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> ProcessId:
     """Rebuild what `to_record` described. Raises `KeyError` or `TypeError` if it is something else."""
     return ProcessId(host=record["host"], pid=record["pid"], start_time=record["start_time"])
+
+
+def is_remote(process: ProcessId | None) -> bool:
+    """Whether this is `ELSEWHERE`, as it is after it travelled."""
+    return process is not None and not process.host
 
 
 def is_alive(process: ProcessId) -> bool:

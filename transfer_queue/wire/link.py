@@ -38,6 +38,7 @@ class _Sent(NamedTuple):
 class Link:
     """`on_push` takes one-way messages of the server, `on_welcome` is called whenever the server knows us (again).
 
+    `preface` makes a message for the server that is sent before all others whenever it knows us (again); None: none.
     `bell_fd` ends a wait when it becomes readable. `owner` is for whoever lends the link. Raises `ConnectionLost` if
     the process has no socket left.
     """
@@ -50,6 +51,7 @@ class Link:
         *,
         bell_fd: int,
         curve_key: str = "",
+        preface: Callable[[], list[Any] | None] = lambda: None,
         on_push: Callable[[Any], None] = lambda message: None,
         on_welcome: Callable[[], None] = lambda: None,
     ) -> None:
@@ -58,6 +60,7 @@ class Link:
         self.torn = False  # interrupted within a message: of no use any more
         self._introduction = Introduction(token, client_id)
         self._address = address
+        self._preface = preface
         self._on_push = on_push
         self._on_welcome = on_welcome
         self._waiting: dict[int, _Sent] = {}
@@ -243,8 +246,11 @@ class Link:
             sent.resolve(message)
 
     def _go_on(self) -> None:
-        """Send what waits for the welcome, first the requests in their order."""
+        """Send what waits for the welcome: the preface, the requests in their order, the rest."""
         unsent, self._unsent = self._unsent, []
+        preface = self._preface()
+        if preface is not None:
+            self._send(preface)
         for frames in [*(sent.frames for sent in self._waiting.values()), *unsent]:
             self._send(frames)
         self._on_welcome()

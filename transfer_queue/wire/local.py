@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 from transfer_queue.errors import ConnectionLost, from_wire, to_wire
-from transfer_queue.messages import ErrorReply, Reply, Request
+from transfer_queue.messages import AbortBlocks, ErrorReply, Reply, Request
 from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, RequestIds, name_on_wire
 from transfer_queue.wire.ticket import Answer, Handler, Ticket, guarded
 
@@ -41,6 +41,7 @@ class LocalPeer:
     ) -> None:
         self.client_id = client_id
         self.name = name_on_wire(client_id)
+        self.unput: set[int] = set()
         self._handler = handler
         self._channel: Hashable = on_push
         self._on_wait = on_wait
@@ -95,6 +96,8 @@ class LocalPeer:
 
     def notify(self, request: Request) -> None:
         """Run a one-way message, unless this peer is closed."""
+        if isinstance(request, AbortBlocks):
+            self.unput.difference_update(request.blocks.tolist())
         if not self._closed and os.getpid() == self._pid:
             self._submit(request, Ticket(self.name, 0, self._channel, request, lambda ticket, answer: None))
 

@@ -26,6 +26,10 @@ class Pending(Protocol):
 class AnyPeer(Protocol):
     """A server as one client sees it. Usable from any thread and any event loop."""
 
+    @property
+    def unput(self) -> set[int]:
+        """Blocks that are written here and may still be put, for who writes them to keep. An abort takes them out."""
+
     def begin(self, request: Request, *, request_id: int | None = None) -> Pending:
         """Send a request; `request_id` names an earlier one whose outcome is open, to learn that instead."""
 

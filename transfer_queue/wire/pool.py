@@ -10,6 +10,7 @@ from typing import Any
 
 from transfer_queue.errors import ConnectionLost, TransferQueueError
 from transfer_queue.wire.bell import Bell
+from transfer_queue.wire.grants import Courier, Grants
 from transfer_queue.wire.link import MOST_IN_FLIGHT, Link, Resolve
 from transfer_queue.wire.requests import RequestIds
 
@@ -36,9 +37,11 @@ class LoopLink:
             self._holding = True
             self.loop.call_soon(self._flush)
 
-    def notify(self, frames: list[Any]) -> None:
+    def notify(self, frames: list[Any]) -> bool:
+        """Send a one-way message; return whether there is a connection for it, as far as is known."""
         self.link.notify(frames)
-        self._after_sending()
+        self._look_again()
+        return self.link.introduced
 
     def drop(self, request_id: int, *, cancel: bool) -> None:
         """Do not wait for a request any more. Does nothing once the link went to somebody else."""
@@ -111,9 +114,12 @@ class LoopLink:
 class Pool:
     """The links and request ids of one peer in one process life. Thread safe."""
 
-    def __init__(self, open_link: Callable[[int], Link]) -> None:
+    def __init__(self, address: str, open_link: Callable[[int, Callable[[], list[Any] | None]], Link]) -> None:
+        """`open_link` gets the descriptor of the bell, and the preface of the link."""
         self.pid = os.getpid()
         self.ids = RequestIds()
+        self.grants = Grants(self.ids)
+        self.courier = Courier(address, self.ids, lambda bell_fd: open_link(bell_fd, self.grants.preface))
         self.bell = Bell()
         self.closed = False
         self._open_link = open_link
@@ -169,7 +175,7 @@ class Pool:
                 self._idle.pop().close()
             in_loops = list(self._of_loop.values())
             self.bell.ring()
-            self._close_bell_if_last()
+            self._end_if_last()
         for lent in in_loops:
             lent.end_soon(ConnectionLost("this connection was closed while the call was under way"))
 
@@ -180,7 +186,7 @@ class Pool:
             raise ConnectionLost("this connection was closed: open a new client")
 
     def _lend(self) -> Link:
-        link = self._idle.pop() if self._idle else self._open_link(self.bell.fd)
+        link = self._idle.pop() if self._idle else self._open_link(self.bell.fd, self.grants.preface)
         self._lent += 1
         return link
 
@@ -190,7 +196,7 @@ class Pool:
             link.close()
         else:
             self._idle.append(link)
-        self._close_bell_if_last()
+        self._end_if_last()
 
     def _loop_done(self, lent: LoopLink) -> None:
         with self._lock:
@@ -198,6 +204,8 @@ class Pool:
                 del self._of_loop[lent.loop]
             self._take_back(lent.link)
 
-    def _close_bell_if_last(self) -> None:
+    def _end_if_last(self) -> None:
         if self.closed and self._lent == 0:
             self.bell.close()
+            if self.grants.used:
+                self.courier.send()

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from transfer_queue.errors import ConnectionLost, DecodeError
+from transfer_queue.errors import ConnectionLost, DecodeError, InvalidArgument
 from transfer_queue.messages import (
     MESSAGE_TYPES,
     AbortGroup,
@@ -34,7 +34,7 @@ from transfer_queue.messages import (
     SealGroup,
     SetTags,
 )
-from transfer_queue.wire.security import Bounded
+from transfer_queue.wire.security import MAX_CLIENT_ID_BYTES, Bounded
 from transfer_queue.wire.ticket import Ticket
 
 GIVEN_BACK = (Draw, Reserve, Pin, Admit)  # an answer that nobody gets is taken back, so the request may run again
@@ -48,7 +48,15 @@ _CODES = {cls: code for code, cls in MESSAGE_TYPES.items()}
 
 
 def name_on_wire(client_id: str) -> str:
-    """Return a client id that no other peer, process or forked child has ever had: request ids belong to it."""
+    """Return a client id that no other peer, process or forked child has ever had: request ids belong to it.
+
+    Raises `InvalidArgument` for a client id that no server would take.
+    """
+    size, most = len(client_id.encode()), MAX_CLIENT_ID_BYTES - 2 * SUFFIX_BYTES - 1
+    if size > most:
+        raise InvalidArgument(
+            f"a client id has at most {most} bytes, not {size}: choose a shorter one than {client_id!r}"
+        )
     return f"{client_id}/{secrets.token_hex(SUFFIX_BYTES)}"
 
 
@@ -72,6 +80,11 @@ class RequestIds:
             self._unanswered.setdefault(again)
             return again, min(again, next(iter(self._unanswered)))
 
+    def under_way(self) -> tuple[int, tuple[int, ...]]:
+        """Return an id above all that were taken, and those that are not answered."""
+        with self._lock:
+            return self._next, tuple(self._unanswered)
+
     def answered(self, request_id: int) -> None:
         with self._lock:
             self._unanswered.pop(request_id, None)
@@ -88,6 +101,7 @@ SUFFIX_BYTES = 6
 
 _IDLE_S = 600.0
 _SWEEP_S = 10.0
+_PASSED = 1 << 14  # clients of which only the last request is remembered; some 4 MB
 
 
 Dumped: TypeAlias = tuple[str, int, int, list[tuple[int, int, Reply]]]
@@ -126,16 +140,24 @@ class _Client:
         while self.answers and next(iter(self.answers)) < self.floor:
             self.answers.popitem(last=False)
 
+    def last(self) -> int:
+        """The highest id that may have been answered."""
+        return max(self.floor - 1, self.forgotten, max(self.answers, default=0))
+
 
 class RequestTable:
     """The requests of all clients. Thread safe: answers are noted by whoever gives them.
 
-    Bounded in clients and in answers of each; clients without requests under way are forgotten after ten minutes.
-    What was answered outlives the server by `dump` and `load`, and by `restore` for what came after the dump.
+    Bounded in clients and in answers of each. The answers of clients without requests under way are forgotten after ten
+    minutes; of the last 16384 such clients it is remembered up to which id they are, so that none runs again: sent
+    again, it is refused. What was answered outlives the server by `dump` and `load`, and by `restore` for what came
+    after the dump.
     """
 
-    def __init__(self, *, clients: int = 4096, answers: int = 4096) -> None:
-        self._clients: Bounded[str, _Client] = Bounded(clients)
+    def __init__(self, *, clients: int = 4096, answers: int = 4096, passed: int = _PASSED) -> None:
+        self._most_clients = clients
+        self._clients: OrderedDict[str, _Client] = OrderedDict()  # the one that was not heard of for longest first
+        self._passed: Bounded[str, int] = Bounded(passed)  # highest id of clients whose answers are forgotten
         self._answers = answers
         self._next_sweep = 0.0
         self._lock = threading.Lock()
@@ -207,7 +229,8 @@ class RequestTable:
     def dump(self) -> list[Dumped]:
         """Return all that was answered; requests under way are sent again by their clients."""
         with self._lock:
-            return [
+            passed: list[Dumped] = [(client_id, 0, last, []) for client_id, last in self._passed.items()]
+            return passed + [
                 (client_id, client.floor, client.forgotten, [_dumped(each) for each in client.answers.values()])
                 for client_id, client in self._clients.items()
             ]
@@ -216,8 +239,11 @@ class RequestTable:
         """Take over what another table dumped. Raises `DecodeError` for what no table can have dumped."""
         with self._lock:
             for client_id, floor, forgotten, answers in dumped:
-                client = _Client(floor, forgotten)
-                self._clients.put(client_id, client)
+                if not answers:
+                    self._pass(client_id, max(floor - 1, forgotten))
+                    continue
+                client = self._client(client_id)
+                client.floor, client.forgotten = floor, forgotten
                 for request_id, code, reply in answers:
                     if code not in MESSAGE_TYPES:
                         raise DecodeError(f"request {request_id} of client {client_id!r} has the unknown type {code}")
@@ -236,13 +262,29 @@ class RequestTable:
     def _client(self, client_id: str) -> _Client:
         client = self._clients.get(client_id)
         if client is None:
-            client = _Client()
-            self._clients.put(client_id, client)
+            client = self._clients[client_id] = _Client(forgotten=self._passed.pop(client_id) or 0)
+            if len(self._clients) > self._most_clients:
+                idle = (name for name, other in self._clients.items() if not other.waiting and name != client_id)
+                if (oldest := next(idle, None)) is not None:
+                    self._forget(oldest)
+        else:
+            self._clients.move_to_end(client_id)
         return client
 
     def _forget_idle(self, before: float) -> None:
-        while (oldest := self._clients.oldest()) is not None and oldest[1].heard < before and not oldest[1].waiting:
-            self._clients.pop(oldest[0])
+        while self._clients:
+            client_id, client = next(iter(self._clients.items()))
+            if client.heard >= before or client.waiting:
+                return
+            self._forget(client_id)
+
+    def _forget(self, client_id: str) -> None:
+        self._pass(client_id, self._clients.pop(client_id).last())
+
+    def _pass(self, client_id: str, last: int) -> None:
+        """Of this client nothing is known but its last request."""
+        if last:
+            self._passed.put(client_id, last)
 
 
 def _restored(client_id: str, request_id: int, kind: type[Any], reply: Reply) -> Answered:

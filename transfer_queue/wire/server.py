@@ -103,6 +103,10 @@ class Server:
         """How often the handler raised what it should not."""
         return self._desk.failures
 
+    def serve_by(self, handler: Handler) -> None:
+        """Give requests to another handler from now on, one that works on the same as the handler so far."""
+        self._desk.serve_by(handler)
+
     def start(self) -> Server:
         self._thread.start()
         return self

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -30,23 +31,24 @@ class TcpDoor:
         self._watch = watch
         self._gate = gate
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        zeromq.configure(self._socket, ipv6=":" in host)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.PROBE_ROUTER, 1)  # says `Kind.WHO` to each new connection, in ZeroMQ's own form
-        if curve is not None:
-            serve_encrypted(self._socket, curve)
-        self._strangers = Strangers(self._socket)
-        try:
+        self._watched: list[int] = []
+        with contextlib.ExitStack() as half_made:
+            half_made.callback(self._context.destroy, linger=0)
+            self._socket = self._context.socket(zmq.ROUTER)
+            zeromq.configure(self._socket, ipv6=":" in host)
+            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._socket.setsockopt(zmq.PROBE_ROUTER, 1)  # says `Kind.WHO` to each new connection, in ZeroMQ's own form
+            if curve is not None:
+                serve_encrypted(self._socket, curve)
+            self._strangers = Strangers(self._socket)
+            half_made.callback(self._strangers.close)
             self.address = self._bind(host, port)
-        except BaseException:
-            self._end_sockets()
-            raise
-        self._fd = int(self._socket.getsockopt(zmq.FD))
-        self.stirred = True
-        watch.add(self._fd, self._stir)
-        for fd in self._strangers.fds:
-            watch.add(fd, self._strangers.note)
+            half_made.callback(self._unwatch)
+            self.stirred = True
+            self._watch_for(int(self._socket.getsockopt(zmq.FD)), self._stir)
+            for fd in self._strangers.fds:
+                self._watch_for(fd, self._strangers.note)
+            half_made.pop_all()
 
     @property
     def refused(self) -> int:
@@ -83,10 +85,10 @@ class TcpDoor:
         return self._try_to_send(channel, [signal(Kind.PING)]) != errno.EHOSTUNREACH
 
     def close(self) -> None:
-        self._watch.remove(self._fd)
-        for fd in self._strangers.fds:
-            self._watch.remove(fd)
-        self._end_sockets()
+        self._unwatch()
+        self._strangers.close()
+        self._socket.close()
+        self._context.term()
 
     def _receive_watchfully(self) -> None:
         """Take a message, and note whether it made a stranger a client."""
@@ -108,10 +110,13 @@ class TcpDoor:
             raise
         return None
 
-    def _end_sockets(self) -> None:
-        self._strangers.close()
-        self._socket.close()
-        self._context.term()
+    def _watch_for(self, fd: int, ready: Callable[[], None]) -> None:
+        self._watch.add(fd, ready)
+        self._watched.append(fd)
+
+    def _unwatch(self) -> None:
+        while self._watched:
+            self._watch.remove(self._watched.pop())
 
     def _bind(self, host: str, port: int) -> str:
         error: zmq.ZMQError | None = None

@@ -61,6 +61,16 @@ class Ticket:
             self.answered = True
         self._deliver(self, answer)
 
+    def watch(self, seen: Callable[[Answer], None]) -> None:
+        """Show the answer to somebody before it goes out, in the thread that gives it. Before the request is taken."""
+        deliver = self._deliver
+
+        def deliver_both(ticket: Ticket, answer: Answer) -> None:
+            seen(answer)
+            deliver(ticket, answer)
+
+        self._deliver = deliver_both
+
 
 class Handler(Protocol):
     """What is served. Called by the server thread and, in process, by any thread; never re-entered from `answer`."""

@@ -107,6 +107,20 @@ def test_sealing_and_aborting_name_groups_and_partitions_that_exist() -> None:
     assert queue.snapshot() == before
 
 
+def test_the_last_aborted_groups_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which they were aborted, also by a ledger that goes on from the state."""
+    monkeypatch.setattr("transfer_queue.ledger.groups.REMEMBERED", 2)
+    queue = Driver()
+    for group in (3, "b", "a"):
+        queue.put(1, group_ids=[group])
+        queue.abort(group)
+    queue.restart()
+    assert list(queue.ledger._rows.partitions["p"].groups.aborted) == ["b", "a"]
+    with pytest.raises(StaleSampleError, match="'b' was aborted"):
+        queue.put(1, group_ids=["b"])
+    queue.put(1, group_ids=[3])
+
+
 def test_a_group_name_may_be_used_again_after_all_its_rows_were_cleared() -> None:
     """A group lives as long as its rows."""
     queue = Driver(num_n_samples=2, sampler=GRPOSampler())

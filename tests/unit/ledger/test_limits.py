@@ -15,7 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.unit.ledger.driver import UNIT, Driver, put_request, rows
 from transfer_queue.errors import CapacityExceeded, InvalidArgument, WrongType
 from transfer_queue.ledger import Ledger
-from transfer_queue.ledger.limits import ADMITTED_S, Claim, Limit, Limits, Usage
+from transfer_queue.ledger.admissions import ADMITTED_S
+from transfer_queue.ledger.limits import Claim, Limit, Limits
+from transfer_queue.ledger.usage import Usage
 from transfer_queue.messages import Admit, Clear
 
 PARTITIONS = ("train", "val")
@@ -129,7 +131,7 @@ def test_first_come_first_served_per_limit() -> None:
 def test_room_is_kept_for_a_put_that_was_admitted() -> None:
     """It counts until the put comes, which is then let in whatever else waits; nothing is counted twice."""
     usage = Usage(Limits(total_bytes=100))
-    number = usage.admit(claim(2, 80), 0.0)
+    number = usage.admit(claim(2, 80), 0.0, "c")
     assert total(usage, "bytes") == 80 and usage.obstacle(claim(1, 30)) is not None
     assert usage.use(number, claim(2, 80))
     assert total(usage, "bytes") == total(usage, "samples") == 0
@@ -140,22 +142,22 @@ def test_room_is_kept_for_a_put_that_was_admitted() -> None:
 def test_an_admission_covers_what_it_was_asked_for(other: Claim) -> None:
     """A larger put, or one of another partition or producer, is treated as if it had none."""
     usage = Usage(Limits(total_bytes=100))
-    assert not usage.use(usage.admit(claim(2, 80), 0.0), other)
+    assert not usage.use(usage.admit(claim(2, 80), 0.0, "c"), other)
     assert total(usage, "bytes") == 0
 
 
 def test_admissions_end() -> None:
     """By withdrawal, or a minute after they were granted."""
     usage = Usage(Limits(total_bytes=100))
-    assert usage.next_expiry() is None
-    first, second = usage.admit(claim(1, 10), 5.0), usage.admit(claim(1, 10), 6.0)
-    assert usage.next_expiry() == 5.0 + ADMITTED_S
+    assert usage.admissions.next_expiry() is None
+    first, second = usage.admit(claim(1, 10), 5.0, "c"), usage.admit(claim(1, 10), 6.0, "c")
+    assert usage.admissions.next_expiry() == 5.0 + ADMITTED_S
     assert not usage.expire(4.9 + ADMITTED_S)
     assert usage.expire(5.0 + ADMITTED_S)
     assert not usage.use(first, claim(1, 10))
     usage.withdraw(second)
     usage.withdraw(second)
-    assert total(usage, "bytes") == 0 and usage.next_expiry() is None
+    assert total(usage, "bytes") == 0 and usage.admissions.next_expiry() is None
 
 
 # ---------------------------------------------------------------- in the ledger
@@ -287,6 +289,20 @@ def test_large_puts_are_admitted_before_they_are_written() -> None:
     assert len(rows(queue.answers[waiting + 1])) == 5
 
 
+def test_the_admissions_of_a_client_that_is_gone_end() -> None:
+    """Their room goes to who waits at once; another life of a client of the same name keeps its own."""
+    usage = Usage(Limits(total_bytes=100))
+    mine = [usage.admit(claim(1, 20), 0.0, "rollout/a1") for _ in range(2)]
+    other = usage.admit(claim(1, 30), 0.0, "rollout/b2")
+    assert usage.admissions.clients() == {"rollout/a1", "rollout/b2"}
+    usage.next_round()
+    usage.leave("rollout/a1")
+    assert usage.room_made and total(usage, "bytes") == 30
+    assert usage.admissions.clients() == {"rollout/b2"}
+    assert [usage.use(number, claim(1, 20)) for number in mine] == [False, False]
+    assert usage.use(other, claim(1, 30))
+
+
 def test_an_admission_that_is_not_used_ends() -> None:
     """After a minute its room goes to who waits."""
     queue = Driver(limits=Limits(total_bytes=size(10)))
@@ -406,7 +422,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def reload(self) -> None:
         kept = Usage(self.usage.limits)
-        self.usage.admit(claim(3, 30), 0.0)
+        self.usage.admit(claim(3, 30), 0.0, "c")
         kept.load(self.usage.state())
         self.usage = kept
 

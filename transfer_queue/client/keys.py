@@ -1,0 +1,424 @@
+"""Keys: putting, getting, listing, clearing and awaiting samples by name. A key is a sample that has one.
+
+n keys of a call
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
+
+from transfer_queue.client import columns, transfer
+from transfer_queue.client.arguments import DEFAULT_TIMEOUT_S, names_of, timeout_seconds, whole_number
+from transfer_queue.client.core import ClientCore, changed
+from transfer_queue.client.drivers import arun, run
+from transfer_queue.client.parsing import DataParser, parsed
+from transfer_queue.client.steps import Call, Operation
+from transfer_queue.client.writing import new_rows, put_rows
+from transfer_queue.config import layout_in_force
+from transfer_queue.errors import InvalidArgument, KeyNotFound, StaleSampleError, UnknownName, WrongType
+from transfer_queue.messages import Clear, Drawn, GetKeys, Keys, Locate, Location, Put, PutDone, WaitKeys
+from transfer_queue.metadata import KVBatchMeta, KVDelta
+from transfer_queue.metadata.values import copy_tag
+from transfer_queue.storage.block import EncodedColumn
+
+if TYPE_CHECKING:
+    Tag = Mapping[str, Any]
+
+log = logging.getLogger("transfer_queue")
+
+_SHOWN = 10
+
+
+# ---------------------------------------------------------------- putting
+
+
+def kv_put(
+    core: ClientCore,
+    key: str,
+    partition_id: str,
+    fields: Mapping[str, Any] | TensorDict | None = None,
+    tag: Tag | None = None,
+    data_parser: DataParser | None = None,
+    *,
+    timeout: float | None = None,
+) -> Operation[KVBatchMeta]:
+    """Put columns and tag entries of one key, which is made if it is not there; both become visible together.
+
+    In a dict, a tensor is the row itself; any other value is one object. The tag merges with the one that is there.
+    `data_parser` changes the columns before they are stored, see `put`. Returns the key with its whole tag and the
+    names of all its columns. What raises leaves nothing behind.
+    """
+    if not isinstance(key, str):
+        raise WrongType(f"key must be a str, not {key!r}")
+    if fields is None and tag is None:
+        raise InvalidArgument("nothing to put: give fields, a tag, or both")
+    data = None if fields is None else _one_row(fields)
+    tags = None if tag is None else [tag]
+    return (yield from _put(core, (key,), _partition(partition_id), data, tags, data_parser, timeout))
+
+
+def kv_batch_put(
+    core: ClientCore,
+    keys: Sequence[str],
+    partition_id: str,
+    fields: TensorDict | None = None,
+    tags: Sequence[Tag] | None = None,
+    data_parser: DataParser | None = None,
+    *,
+    timeout: float | None = None,
+) -> Operation[KVBatchMeta]:
+    """The same for n keys: `fields` has batch size [n], `tags` n dicts. Returns all of them, in this order."""
+    names = _keys(keys, one=False, distinct=True)
+    if fields is None and tags is None:
+        raise InvalidArgument("nothing to put: give fields, tags, or both")
+    if fields is not None and not (isinstance(fields, TensorDictBase) or is_tensor_collection(fields)):
+        raise WrongType(f"fields must be a TensorDict, not {type(fields).__name__}")
+    if fields is not None and (not fields.batch_size or fields.batch_size[0] != len(names)):
+        raise InvalidArgument(f"fields has batch size {list(fields.batch_size)}, there are {len(names)} keys")
+    return (yield from _put(core, names, _partition(partition_id), fields, tags, data_parser, timeout))
+
+
+def _put(
+    core: ClientCore,
+    keys: tuple[str, ...],
+    partition: str,
+    data: Any,
+    tags: Sequence[Tag] | None,
+    data_parser: DataParser | None,
+    timeout: float | None,
+) -> Operation[KVBatchMeta]:
+    timeout_s = timeout_seconds(timeout)
+    given = None if tags is None else _tags(tags, len(keys))
+    if data is not None and data_parser is not None:
+        data = parsed(data, data_parser)
+    encoded: list[EncodedColumn] = []
+    if data is not None and len(data.keys()):
+        _, encoded = columns.encode(data, allow_pickle=core.allow_pickle)
+    request = new_rows(partition, None, len(keys)) | {"keys": keys, "tags": given, "tell": True}
+    return (yield from put_rows(core, request, encoded, timeout_s, _as_put))
+
+
+def _as_put(message: Put, done: PutDone) -> KVBatchMeta:
+    keys = list(message.keys or ())
+    tags = [copy_tag("tag", tag) for tag in done.tags or [None] * len(keys)]
+    return KVBatchMeta(keys=keys, tags=tags, partition_id=done.partition_id, fields=sorted(done.fields or ()))
+
+
+def _one_row(fields: Any) -> Any:
+    if isinstance(fields, TensorDictBase) or is_tensor_collection(fields):
+        if not fields.batch_size:
+            return fields.unsqueeze(0)
+        if fields.batch_size[0] != 1:
+            raise InvalidArgument(f"fields has {fields.batch_size[0]} rows for one key: use kv_batch_put")
+        return fields
+    if not isinstance(fields, Mapping):
+        raise InvalidArgument(f"fields must be a dict or a TensorDict, not {type(fields).__name__}")
+    return {name: _row(name, value) for name, value in fields.items()}
+
+
+def _row(name: str, value: Any) -> Any:
+    """A column of one row. What is no tensor is one object, also a list or an array."""
+    if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            raise InvalidArgument(f"field {name!r} is a nested tensor, which is several rows: use kv_batch_put")
+        return value.unsqueeze(0)
+    if isinstance(value, NonTensorData):
+        return [value.data]
+    if is_tensor_collection(value):
+        raise InvalidArgument(f"field {name!r} is a {type(value).__name__}: put its entries as fields of their own")
+    return [value]
+
+
+# ---------------------------------------------------------------- getting
+
+
+def kv_batch_get(
+    core: ClientCore,
+    keys: Sequence[str] | str,
+    partition_id: str,
+    select_fields: Sequence[str] | str | None = None,
+    *,
+    layout: str | None = None,
+    strict: bool | None = None,
+    timeout: float | None = None,
+) -> Operation[TensorDict]:
+    """Read n keys, which may repeat, into a `TensorDict` [n] in their order. `select_fields` None: what all have.
+
+    Keys that are not there, and columns that not all have, are left out with a warning. Columns that none has are left
+    out. If that leaves no key (`KeyNotFound`) or no column (`UnknownName`), or with `strict` for any that is missing,
+    raises with their names; both errors are a `ValueError`. `layout` as for `get_data`.
+    """
+    names = _keys(keys, one=True, distinct=False)
+    chosen = None if select_fields is None else _names("select_fields", select_fields)
+    where = _partition(partition_id)
+    layout = layout_in_force(layout, core.layout)
+    strict = core.defaults.strict if strict is None else bool(strict)
+    deadline = time.monotonic() + timeout_seconds(timeout)
+    while True:
+        left_s = max(deadline - time.monotonic(), 0.0)
+        found: Drawn = yield Call(core.controller, _locate(names, where, chosen), left_s)
+        wanted = _present(found, names, chosen, strict)
+        try:
+            parts = yield from transfer.load(core.transfer, _within(found, wanted), wanted, left_s) if wanted else ()
+        except StaleSampleError:  # cleared, or written anew, since the controller was asked: what is there now?
+            if not left_s:
+                raise
+            continue
+        return columns.decode(parts or {}, len(found.indexes), layout=layout, allow_pickle=core.allow_pickle)
+
+
+def kv_batch_get_by_meta(
+    core: ClientCore,
+    meta: KVBatchMeta,
+    select_fields: Sequence[str] | str | None = None,
+    *,
+    layout: str | None = None,
+    strict: bool | None = None,
+    timeout: float | None = None,
+) -> Operation[TensorDict]:
+    """The same for the keys of a meta, by default with the fields that it names."""
+    if not isinstance(meta, KVBatchMeta):
+        raise WrongType(f"meta must be a KVBatchMeta, not {type(meta).__name__}")
+    if meta.partition_id is None:
+        raise InvalidArgument("meta has no partition_id: it names no keys of a queue")
+    chosen = None if select_fields is None else _names("select_fields", select_fields)
+    unknown = [name for name in chosen or () if meta.fields is not None and name not in meta.fields]
+    if unknown:
+        raise UnknownName(f"select_fields {unknown} not found among the fields of this meta: {meta.fields}")
+    if chosen is None:
+        chosen = tuple(meta.fields or ()) or None
+    how: dict[str, Any] = {"layout": layout, "strict": strict, "timeout": timeout}
+    return (yield from kv_batch_get(core, list(meta.keys), meta.partition_id, chosen, **how))
+
+
+def _locate(keys: tuple[str, ...], partition: str, fields: tuple[str, ...] | None) -> Locate:
+    rows: dict[str, Any] = {"global_step": None, "indexes": None, "generations": None, "keys": keys}
+    return Locate(partition_id=partition, fields=fields, allow_missing=True, **rows)
+
+
+def _present(found: Drawn, keys: tuple[str, ...], chosen: tuple[str, ...] | None, strict: bool) -> tuple[str, ...]:
+    """The fields to read; warns of what is left out, raises if nothing is left."""
+    there = set(found.keys or ())
+    missing = [key for key in dict.fromkeys(keys) if key not in there]
+    if missing and (strict or not len(found.indexes)):
+        raise KeyNotFound(
+            f"{len(missing)} of {len(set(keys))} keys not found in partition {found.partition_id!r}: "
+            f"{missing[:_SHOWN]}",
+            keys=missing,
+        )
+    how_many = {name: int((place.blocks != 0).sum()) for place in found.locations for name in place.fields}
+    fields = found.fields if chosen is None else chosen
+    complete = tuple(name for name in fields if how_many.get(name) == len(found.indexes))
+    partial = [name for name in fields if 0 < how_many.get(name, 0) < len(found.indexes)]
+    if chosen is None and not complete:
+        raise UnknownName(f"keys {list(keys[:_SHOWN])} of partition {found.partition_id!r} have no column in common")
+    absent = [name for name in fields if name not in complete]
+    if absent and (strict or not complete):
+        raise UnknownName(
+            f"fields {absent} not found in all {len(found.indexes)} rows of partition {found.partition_id!r}",
+            fields=absent,
+        )
+    if missing:
+        log.warning("%d keys are not in partition %r: %s", len(missing), found.partition_id, missing[:_SHOWN])
+    if partial:
+        log.warning("fields %s are left out: only some of %d rows have them", partial, len(found.indexes))
+    return complete
+
+
+def _within(found: Drawn, wanted: tuple[str, ...]) -> list[Location]:
+    """Where these fields lie."""
+    within = []
+    for place in found.locations:
+        names = tuple(name for name in place.fields if name in wanted)
+        if names:
+            within.append(Location(fields=names, blocks=place.blocks, slots=place.slots))
+    return within
+
+
+# ---------------------------------------------------------------- listing, clearing
+
+
+def kv_list(
+    core: ClientCore, partition_id: str | None = None, *, since: str | None = None, timeout: float | None = None
+) -> Operation[dict[str, dict[str, dict[str, Any]]] | KVDelta]:
+    """`{partition: {key: tag}}` of one moment, partitions and keys in order of creation; the dicts are the caller's.
+
+    With `since`, a cursor, a `KVDelta`: what changed after it, in that order. `since=""` begins with everything, and
+    so does a cursor that is too old, or from before a restart or the load of a checkpoint.
+    """
+    name = None if partition_id is None else _partition(partition_id)
+    request = GetKeys(partition_id=name, since=_cursor(since))
+    reply: Keys = yield Call(core.controller, request, timeout_seconds(timeout))
+    return _by_key(reply) if since is None else _delta(reply)
+
+
+def kv_clear(
+    core: ClientCore, keys: Sequence[str] | str, partition_id: str, *, timeout: float | None = None
+) -> Operation[None]:
+    """Remove keys with all that they have; those that are not there, or come twice, are no error."""
+    where, timeout_s = _partition(partition_id), timeout_seconds(timeout)
+    names = _keys(keys, one=True, distinct=False, least=0)
+    if names:
+        request = Clear(partition_id=where, global_step=None, indexes=None, generations=None, keys=names)
+        yield from changed(core, request, timeout_s)
+
+
+# ---------------------------------------------------------------- waiting
+
+
+def kv_wait(
+    core: ClientCore,
+    partition_id: str,
+    *,
+    keys: Sequence[str] | str | None = None,
+    fields: Sequence[str] | str | None = None,
+    where: Mapping[str, Any] | None = None,
+    count: int | None = None,
+    since: str | None = None,
+    timeout: float | None = None,
+) -> Operation[KVDelta]:
+    """Wait until keys of a partition are as described, and return those that are, in the order of a listing.
+
+    keys     all of these; else as many as `count` (1) of those in the partition
+    fields   they have these columns
+    where    their tags match: `{entry: value}`, or a list of values of which it has one
+    since    they changed after this cursor (""; from the beginning on). Without `keys` and `count`, the removal of a
+             key ends the wait as well, and so does a cursor that cannot be followed any more: the result is `full` then
+    timeout  seconds, None: 60, `math.inf`: for ever
+
+    Nothing is polled: the request stays at the controller until a change answers it. Raises `GetMetaTimeout` that names
+    what is pending.
+    """
+    if keys is not None and count is not None:
+        raise InvalidArgument("give keys, all of which are waited for, or the count of others, not both")
+    request = WaitKeys(
+        partition_id=_partition(partition_id),
+        keys=None if keys is None else tuple(dict.fromkeys(_keys(keys, one=True, distinct=False))),
+        fields=() if fields is None else _names("fields", fields),
+        where=_where(where),
+        count=None if count is None else whole_number("count", count),
+        since=_cursor(since),
+        timeout_s=timeout_seconds(timeout),
+    )
+    return _delta((yield Call(core.controller, request, request.timeout_s)))
+
+
+class KeyWatch:
+    """The changes of a partition's keys, one `KVDelta` after the other, for `for` and for `async for`.
+
+    `cursor` is that of the last one: a watch that begins there goes on where this one stopped. Raises `GetMetaTimeout`
+    if nothing changes for `timeout` seconds; the watch may be asked again after that.
+    """
+
+    def __init__(
+        self,
+        core: ClientCore,
+        partition_id: str,
+        *,
+        where: Mapping[str, Any] | None = None,
+        since: str = "",
+        timeout: float | None = None,
+    ) -> None:
+        self._core = core
+        self._partition = _partition(partition_id)
+        self._where = _where(where)
+        self._timeout = DEFAULT_TIMEOUT_S if timeout is None else timeout_seconds(timeout)
+        self.cursor = _cursor(since) or ""
+
+    def __repr__(self) -> str:
+        return f"<KeyWatch of partition {self._partition!r} at {self.cursor!r}>"
+
+    def __iter__(self) -> KeyWatch:
+        return self
+
+    def __next__(self) -> KVDelta:
+        return run(self._next())
+
+    def __aiter__(self) -> KeyWatch:
+        return self
+
+    async def __anext__(self) -> KVDelta:
+        return await arun(self._next())
+
+    def _next(self) -> Operation[KVDelta]:
+        how: dict[str, Any] = {"where": self._where, "since": self.cursor, "timeout": self._timeout}
+        delta = yield from kv_wait(self._core, self._partition, **how)
+        self.cursor = delta.cursor
+        return delta
+
+
+# ---------------------------------------------------------------- replies
+
+
+def _delta(reply: Keys) -> KVDelta:
+    removed: dict[str, list[str]] = {}
+    for name, key in zip(reply.removed_from, reply.removed, strict=True):
+        removed.setdefault(name, []).append(key)
+    return KVDelta(reply.cursor, _by_key(reply), removed, reply.full)
+
+
+def _by_key(reply: Keys) -> dict[str, dict[str, dict[str, Any]]]:
+    entries = zip(reply.keys, reply.tags, strict=True)
+    counts = zip(reply.partitions, reply.counts.tolist(), strict=True)
+    return {
+        name: {key: copy_tag("tag", tag) for key, tag in itertools.islice(entries, count)} for name, count in counts
+    }
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _keys(keys: Any, *, one: bool, distinct: bool, least: int = 1) -> tuple[str, ...]:
+    """`one`: a single key may come as a str."""
+    if one and isinstance(keys, str):
+        keys = [keys]
+    if not isinstance(keys, list | tuple):
+        raise WrongType(f"keys must be a list of str{' or a str' if one else ''}, not {keys!r:.200}")
+    names = names_of("keys", keys, distinct)
+    if len(names) < least:
+        raise InvalidArgument("keys must not be empty")
+    return names
+
+
+def _names(what: str, names: Any) -> tuple[str, ...]:
+    listed = [names] if isinstance(names, str) else list(names) if isinstance(names, set | frozenset) else names
+    return tuple(dict.fromkeys(names_of(what, listed, distinct=False)))
+
+
+def _partition(partition_id: Any) -> str:
+    if not isinstance(partition_id, str):
+        raise WrongType(f"partition_id must be a str, not {partition_id!r}")
+    return str(partition_id)
+
+
+def _tags(tags: Any, count: int) -> tuple[dict[str, Any] | None, ...] | None:
+    if not isinstance(tags, list | tuple):
+        raise WrongType(f"tags must be a list of dicts, one per key, not {type(tags).__name__}")
+    wrong = [tag for tag in tags if not isinstance(tag, Mapping)]
+    if wrong:
+        raise WrongType(f"a tag must be a dict, not {wrong[0]!r:.200}")
+    if len(tags) != count:
+        raise InvalidArgument(f"{len(tags)} tags for {count} keys: give one per key")
+    return tuple(dict(tag) for tag in tags) if any(tags) else None
+
+
+def _where(where: Any) -> dict[str, list[Any]]:
+    if where is None:
+        return {}
+    if not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where):
+        raise WrongType(f"where must be a dict of tag entries and values, not {where!r:.200}")
+    several = (list, tuple, set, frozenset)
+    return {name: list(value) if isinstance(value, several) else [value] for name, value in where.items()}
+
+
+def _cursor(since: Any) -> str | None:
+    if since is not None and not isinstance(since, str):
+        raise WrongType(f"since must be a cursor, as a KVDelta has it, not {since!r:.200}")
+    return since
