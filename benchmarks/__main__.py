@@ -26,6 +26,7 @@ BENCHMARKS = {
     "kv": "put and get of whole batches, from one process to another",
     "control": "latencies: draws, a put of one sample, wake-ups",
     "stream": "many producers of single trajectories, several consumers",
+    "loader": "micro-batches of a StreamingDataLoader; 4 ranks × 2 workers, one of them restarted",
     "rl_step": "the stages of one training step, and how long each waits",
     "costs": "starts, idle processor time and memory",
     "curves": "how times grow with bytes, samples, fields, partitions, tasks, waiters and clients",

@@ -40,6 +40,8 @@ class Scale:
     stream_producers: int  # processes
     stream_coroutines: int  # of each
     stream_each: int  # samples of a coroutine; a multiple of 4
+    loader_batches: int  # of 4 micro-batches, for each number of workers
+    loader_samples: int  # of the ranks together
     step_prompts: int  # of one step; a multiple of 16
     step_tokens: int  # of a response, at most
     turns: int  # rounds of each comparison with and without a safety, after `warm_up` others
@@ -83,6 +85,8 @@ SCALES = {
         stream_producers=8,
         stream_coroutines=64,
         stream_each=40,
+        loader_batches=128,
+        loader_samples=100_000,
         step_prompts=1024,
         step_tokens=4096,
         turns=40,
@@ -124,6 +128,8 @@ SCALES = {
         stream_producers=2,
         stream_coroutines=32,
         stream_each=4,
+        loader_batches=2,
+        loader_samples=1024,
         step_prompts=16,
         step_tokens=64,
         turns=1,

@@ -42,7 +42,14 @@ if TYPE_CHECKING:
         SeqlenBalancedSampler,
         SequentialSampler,
     )
-    from transfer_queue.session import close, get_client, init, load_checkpoint, save_checkpoint
+    from transfer_queue.session import (
+        close,
+        get_client,
+        get_metrics_endpoint,
+        init,
+        load_checkpoint,
+        save_checkpoint,
+    )
 
 # Everything is imported at its first use, so that `import transfer_queue` loads neither ray nor torch.
 _HOME = {
@@ -72,6 +79,7 @@ _HOME = {
     "async_kv_watch": "kv",
     "close": "session",
     "get_client": "session",
+    "get_metrics_endpoint": "session",
     "get_placement_group": "runtime.by_hand",
     "init": "session",
     "kv_batch_get": "kv",
@@ -115,6 +123,7 @@ __all__ = [
     "async_kv_watch",
     "close",
     "get_client",
+    "get_metrics_endpoint",
     "get_placement_group",
     "init",
     "kv_batch_get",

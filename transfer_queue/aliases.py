@@ -70,6 +70,9 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "storage": {"SimpleStorageUnit": "runtime.actors:SimpleStorageUnit"},
 }
 
+# which are attributes of the package without being imported by name
+_MODULES_OF_THE_PACKAGE = {"metadata", "dataloader"} | {path.partition(".")[0] for path in (*MODULES, *NAMES) if path}
+
 
 def resolve(target: str) -> Any:
     """What "module:name" below the package means."""
@@ -78,13 +81,15 @@ def resolve(target: str) -> Any:
 
 
 def lazily(module: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` for the names that the table has for it."""
+    """A module's `__getattr__` for the names that the table has for it; of the package, also for modules below it."""
     names = NAMES[_below(module)]
 
     def look_up(name: str) -> Any:
-        if name not in names:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return resolve(names[name])
+        if name in names:
+            return resolve(names[name])
+        if module == PACKAGE and name in _MODULES_OF_THE_PACKAGE:
+            return importlib.import_module(f"{PACKAGE}.{name}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return look_up
 
@@ -94,10 +99,11 @@ def _below(module: str) -> str:
 
 
 def get_logger(name: str, default_level: int | str = "WARNING") -> logging.Logger:
-    """The logger of this name, at `default_level` unless it has a level. No handlers are added."""
+    """The logger of this name, at TQ_LOGGING_LEVEL or `default_level` unless it has a level. No handlers are added."""
     logger = logging.getLogger(name)
     if logger.level == logging.NOTSET:
-        logger.setLevel(default_level)
+        level = importlib.import_module(f"{PACKAGE}.environment").logging_level("TQ_LOGGING_LEVEL")
+        logger.setLevel(default_level if level is None else level)
     return logger
 
 
@@ -109,7 +115,10 @@ class _Alias(types.ModuleType):
         self.__path__ = []  # so that paths below it are looked for
 
     def __getattr__(self, name: str) -> Any:
-        names = MODULES[_below(self.__name__)]
+        below = _below(self.__name__)
+        if f"{below}.{name}" in MODULES:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        names = MODULES[below]
         if name not in names:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return resolve(names[name])

@@ -92,6 +92,11 @@ class Settings:
         }
 
     @property
+    def metrics(self) -> int | None:
+        """The port that metrics are served at, 0 for any free one; None: they are not served."""
+        return self.metrics_port if self.metrics_enabled else None
+
+    @property
     def ledger(self) -> dict[str, Any]:
         """What a ledger is made with beside its sampler, as plain values."""
         limits = asdict(self.limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 
@@ -39,3 +40,21 @@ def seconds(name: str) -> float | None:
     if not number > 0:
         raise InvalidArgument(f"environment variable {name} must be a positive number of seconds: {given!r}")
     return number
+
+
+def set_logging_level() -> None:
+    """Give the logger of this library the level that TQ_LOGGING_LEVEL names, if it is set."""
+    level = logging_level("TQ_LOGGING_LEVEL")
+    if level is not None:
+        logging.getLogger("transfer_queue").setLevel(level)
+
+
+def logging_level(name: str) -> int | None:
+    """The variable as a level of `logging`, by name or number; None if it is not set. Raises `InvalidArgument`."""
+    given = text(name)
+    if given is None:
+        return None
+    level = int(given) if given.isdecimal() else logging.getLevelName(given.upper())
+    if not isinstance(level, int):
+        raise InvalidArgument(f"environment variable {name} must be a logging level, by name or number: {given!r}")
+    return level

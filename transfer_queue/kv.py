@@ -1,6 +1,7 @@
 """Key-value functions: those of the client of this process, which attaches to the queue that it finds.
 
-Each raises `NotInitialized` if there is none, see `session.found_client`. What they do is said in `client.keys`.
+Each raises `NotInitialized` if there is none, see `session.found_client`. What they do is said in `client.keys` and
+`client.awaiting`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from transfer_queue.client import keys
+from transfer_queue.client import awaiting, keys
 from transfer_queue.client.core import ClientCore
 from transfer_queue.client.drivers import awaitable, blocking
 from transfer_queue.client.steps import Operation
@@ -55,12 +56,12 @@ kv_batch_get_by_meta = _blocking(keys.kv_batch_get_by_meta)
 async_kv_batch_get_by_meta = _awaitable(keys.kv_batch_get_by_meta)
 kv_list, async_kv_list = _blocking(keys.kv_list), _awaitable(keys.kv_list)
 kv_clear, async_kv_clear = _blocking(keys.kv_clear), _awaitable(keys.kv_clear)
-kv_wait, async_kv_wait = _blocking(keys.kv_wait), _awaitable(keys.kv_wait)
+kv_wait, async_kv_wait = _blocking(awaiting.kv_wait), _awaitable(awaiting.kv_wait)
 
 
 def kv_watch(
     partition_id: str, *, where: Mapping[str, Any] | None = None, since: str = "", timeout: float | None = None
-) -> keys.KeyWatch:
+) -> awaiting.KeyWatch:
     """See `TransferQueueClient.kv_watch`."""
     return found_client().kv_watch(partition_id, where=where, since=since, timeout=timeout)
 

@@ -8,19 +8,17 @@ one that serves the queue is among them.
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from transfer_queue.errors import ConnectionLost, InvalidArgument
-
-if TYPE_CHECKING:
-    from prometheus_client import Metric
 
 log = logging.getLogger("transfer_queue")
 
@@ -70,9 +68,11 @@ FAMILIES: dict[str, Family] = {
         _GAUGE, "Samples of a partition for a task: pending, reserved (leased, say) or consumed.", (*_TASK, "state")
     ),
     "tq_partition_production_progress": Family(
-        _GAUGE, "Share of what a task asks for that is there: samples times fields, 0 to 1.", _TASK
+        _GAUGE, "Share of what a task asks for that is there: samples (those to come too) times fields, 0 to 1.", _TASK
     ),
-    "tq_partition_consumption_progress": Family(_GAUGE, "Share of the samples that a task consumed, 0 to 1.", _TASK),
+    "tq_partition_consumption_progress": Family(
+        _GAUGE, "Share of the samples, those to come too, that a task consumed, 0 to 1.", _TASK
+    ),
     "tq_partition_staleness_versions": Family(
         _GAUGE, "Policy versions by which the oldest sample lags behind.", ("partition_id",)
     ),
@@ -119,15 +119,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def check_installed() -> None:
-    """Raise `InvalidArgument` with the install command if the package is missing that metrics need."""
-    try:
-        import prometheus_client  # noqa: F401
-    except ImportError as error:
-        raise InvalidArgument(
-            "metrics need the package prometheus-client: pip install 'transfer-queue[metrics]', or set metrics.enabled "
-            "to false"
-        ) from error
+def give_way() -> None:
+    """Let other threads run: one that computes on makes each of them wait for milliseconds."""
+    time.sleep(_GIVE_WAY_S)
 
 
 class Durations:
@@ -152,74 +146,83 @@ class Durations:
 
 
 class Page:
-    """The samples of one scrape."""
+    """The samples of one scrape, in Prometheus' text format.
+
+    They are written down at once: `prometheus_client` takes five times as long, 0.1 s for 20 000 of them.
+    """
 
     def __init__(self) -> None:
-        self._samples: dict[str, list[tuple[str, tuple[str, ...], float]]] = {}
-        self._breaks = _Breaks()
+        self._lines: dict[str, list[str]] = {}
+        self._quoted = _Quoted()
+        self._size = 0
 
     def add(self, name: str, value: float, *labels: str) -> None:
         """One sample; `labels` in the order of the family."""
-        family = FAMILIES[name]
-        assert len(labels) == len(family.labels), f"{name} has the labels {family.labels}, not {labels}"
-        self._put(name, "", labels, value)
+        self._put(name, _form(name, FAMILIES[name].labels), labels, value)
 
     def add_histogram(self, name: str, durations: Durations, *labels: str) -> None:
         """The samples of one histogram."""
+        names = FAMILIES[name].labels
+        bucket = _form(f"{name}_bucket", (*names, "le"))
         counts, sum_s = durations.read()
         total = 0
         for bound, count in zip((*map(str, durations.bounds), "+Inf"), counts, strict=True):
             total += count
-            self._put(name, "_bucket", (*labels, bound), total)
-        self._put(name, "_count", labels, total)
-        self._put(name, "_sum", labels, sum_s)
+            self._put(name, bucket, (*labels, bound), total)
+        self._put(name, _form(f"{name}_count", names), labels, total)
+        self._put(name, _form(f"{name}_sum", names), labels, sum_s)
 
     def text(self) -> bytes:
-        """The page in Prometheus' text format, families in the order of the table."""
-        from prometheus_client import generate_latest
+        """The page, families in the order of the table."""
+        found = ((name, family) for name, family in FAMILIES.items() if name in self._lines)
+        parts = (
+            f"# HELP {name} {family.text}\n# TYPE {name} {family.kind}\n{''.join(self._lines[name])}"
+            for name, family in found
+        )
+        return "".join(parts).encode()
 
-        return generate_latest(self)  # type: ignore[arg-type]  # it asks for `collect` and nothing else
-
-    def collect(self) -> Iterator[Metric]:
-        """What `prometheus_client` writes down."""
-        from prometheus_client import Metric
-
-        for name in FAMILIES:
-            if name in self._samples:
-                family = FAMILIES[name]
-                metric = Metric(_bare(name, family), family.text, family.kind)
-                metric.samples = self._each(name)  # type: ignore[assignment]  # it is only iterated over
-                yield metric
-
-    def _put(self, name: str, suffix: str, labels: tuple[str, ...], value: float) -> None:
-        self._samples.setdefault(name, []).append((suffix, labels, value))
-        self._breaks.count()
-
-    def _each(self, name: str) -> Iterator[Any]:
-        from prometheus_client.samples import Sample
-
-        names = (*FAMILIES[name].labels, "le")
-        for suffix, labels, value in self._samples[name]:
-            self._breaks.count()
-            yield Sample(name + suffix, dict(zip(names, labels, strict=False)), value)
+    def _put(self, name: str, form: str, labels: tuple[str, ...], value: float) -> None:
+        line = form % (*[self._quoted[label] for label in labels], float(value))
+        self._lines.setdefault(name, []).append(line)
+        self._size += 1
+        if self._size % _GIVE_WAY_EVERY == 0:
+            give_way()
 
 
-class _Breaks:
-    """Lets other threads run every now and then: a thread that computes makes each of them wait for milliseconds."""
+class _Quoted(dict[str, str]):
+    """Values of labels as they are written."""
 
-    def __init__(self) -> None:
-        self._left = _GIVE_WAY_EVERY
-
-    def count(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self._left = _GIVE_WAY_EVERY
-            time.sleep(_GIVE_WAY_S)
+    def __missing__(self, label: str) -> str:
+        self[label] = quoted = label.translate(_ESCAPES)
+        return quoted
 
 
-def _bare(name: str, family: Family) -> str:
-    """The name as `prometheus_client` wants it, which writes `_total` behind that of a counter."""
-    return name.removesuffix("_total") if family.kind == _COUNTER else name
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+@functools.cache
+def _form(name: str, labels: tuple[str, ...]) -> str:
+    """A line with places for the values of the labels and of the sample."""
+    pairs = ",".join(f'{label}="%s"' for label in labels)
+    return f"{name}{{{pairs}}} %r\n" if pairs else f"{name} %r\n"
+
+
+def process_figures() -> Callable[[], bytes]:
+    """What `prometheus_client` tells of any Python process: memory, processor time, descriptors, garbage collection.
+
+    Raises `InvalidArgument` with the install command if the package is missing.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, generate_latest
+    except ImportError as error:
+        raise InvalidArgument(
+            "metrics need the package prometheus-client: pip install 'transfer-queue[metrics]', or set metrics.enabled "
+            "to false"
+        ) from error
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    return lambda: generate_latest(registry)
 
 
 class Endpoint(ThreadingMixIn, TCPServer):
@@ -244,17 +247,21 @@ class Endpoint(ThreadingMixIn, TCPServer):
         return f"<Endpoint of metrics at port {self.port}{': closed' if self._closing else ''}>"
 
     def page(self) -> bytes:
-        """A new page."""
+        """A new page. Raises `ConnectionLost` after `close`."""
         with self._making:
+            if self._closing:
+                raise ConnectionLost("this endpoint was closed")
             return self._page()
 
     def close(self) -> None:
-        """Stop listening. May be called twice."""
+        """Stop listening, and wait for the page that is being made. May be called twice."""
         if not self._closing:
             self._closing = True
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
             self._thread.join()
             self.server_close()
+            with self._making:
+                pass
 
     def _listen(self, host: str, ports: Iterable[int]) -> None:
         refused: OSError | None = None
@@ -283,7 +290,8 @@ class Endpoint(ThreadingMixIn, TCPServer):
             self._open.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.warning("a scrape of the metrics failed", exc_info=True)
+        if not self._closing:
+            log.warning("a scrape of the metrics failed", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transfer_queue import config
+from transfer_queue import config, environment
 from transfer_queue.client.client import Connector, SocketConnector, TransferQueueClient
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded, NotInitialized
 from transfer_queue.metadata import ZMQServerInfo
@@ -159,6 +159,17 @@ def load_checkpoint(checkpoint_dir: str | Path) -> None:
     found_client().load_checkpoint(checkpoint_dir)
 
 
+def get_metrics_endpoint() -> str | None:
+    """Where the queue serves Prometheus metrics, as "host:port"; None: nowhere. Attaches as `found_client` does."""
+    endpoint = found_client().controller_info.metrics_endpoint
+    controller = current_controller() if endpoint is None else None
+    if controller is None:
+        return endpoint
+    from transfer_queue.runtime import ray as ray_runtime
+
+    return ray_runtime.info_of(controller).metrics_endpoint  # they may be served since this process attached
+
+
 def found_client() -> TransferQueueClient:
     """The client of this process. Without one, attaches to a queue that is there: that of the process it was forked
     from, that of `TQ_ADDRESS`, or that of the Ray cluster it is connected to. Raises `NotInitialized` if none is."""
@@ -201,6 +212,7 @@ def _begin(conf: DictConfig | Mapping[str, Any] | None, controller: Any) -> Sess
         return _attached(copy.deepcopy(_session.conf))
     merged = config.merged(conf)
     settings = config.settings(merged)
+    environment.set_logging_level()
     runtime = _runtime(settings)
     if controller is not None or runtime == "ray":
         return _begin_ray(merged, settings, controller)
@@ -331,7 +343,7 @@ def _session_of(
             connector=connector,
             **settings.client,
         )
-        conf.controller.zmq_info = info
+        conf.controller.zmq_info, conf.metrics.endpoint = info, info.metrics_endpoint
         conf.backend[conf.backend.storage_backend].zmq_info = client.storage_infos(settings.attach_timeout_s)
         return Session(conf, client, owned)
     except BaseException as error:

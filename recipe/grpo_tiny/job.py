@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -35,10 +35,15 @@ PASSED, NOT_LEARNED, ROWS_WRONG, INTERRUPTED = 0, 3, 4, 130
 
 def exit_status(settings: Settings, reward: RewardFunction = stages.score_rows) -> int:
     """Run the job, say what ended it early, and return the status that the command line promises."""
+    return status_of(lambda: run(settings, reward), f"interrupted; the metrics so far are in {settings.out}")
+
+
+def status_of(run: Callable[[], bool], if_interrupted: str) -> int:
+    """Run a job, which returns whether it passed its checks; a crash is raised as it is."""
     try:
-        return PASSED if run(settings, reward) else NOT_LEARNED
+        return PASSED if run() else NOT_LEARNED
     except KeyboardInterrupt:
-        print(f"interrupted; the metrics so far are in {settings.out}", file=sys.stderr)
+        print(if_interrupted, file=sys.stderr)
         return INTERRUPTED
     except (ConservationError, GetMetaTimeout, StaleSampleError) as error:
         print(f"rows lost, repeated or mismatched: {error}", file=sys.stderr)
@@ -56,7 +61,7 @@ def run(settings: Settings, reward: RewardFunction = stages.score_rows) -> bool:
     try:
         with tempfile.TemporaryDirectory(prefix="grpo_tiny_") as folder:
             prepare_process()
-            runtime.start(settings)
+            _start_queue(settings, runtime)
             pipeline = Pipeline(runtime, settings, reward)
             pipeline.start(Path(folder) / "trainers")
             start_up = time.perf_counter() - whole
@@ -70,6 +75,18 @@ def run(settings: Settings, reward: RewardFunction = stages.score_rows) -> bool:
         runtime.close()
     times = Times(start_up, training, judging, time.perf_counter() - whole)
     return _report(settings, console, steps, times, merged([port.traffic, *traffic]), evaluation)
+
+
+def _start_queue(settings: Settings, runtime: Runtime) -> None:
+    """With room for one step at a time; the tasks that need whole groups get a sampler that gives them those."""
+    window = {
+        "global_batch_size": settings.prompts,
+        "num_global_batch": 1,
+        "num_n_samples": settings.group_size,
+    }
+    runtime.start({"controller": window})
+    for task in stages.GROUPED_TASKS:
+        runtime.client.register_sampler(task, "GRPOSampler", num_n_samples=settings.group_size)
 
 
 def _train(

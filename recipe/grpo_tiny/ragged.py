@@ -5,8 +5,14 @@ Legend: B rows, N elements of all rows together, W width of the longest row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 import torch
+from tensordict import TensorDict
 from torch import Tensor
+
+Columns: TypeAlias = TensorDict | Mapping[str, Tensor]  # the fields of some rows
 
 
 def jagged(values: Tensor, lengths: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the queue and the workers of the job live: Ray actors, or threads of this process.
+"""Where the queue and the workers of a job live: Ray actors, or threads of this process.
 
 Both runtimes offer the same few calls. `spawn` starts a worker with a way to connect to the queue as its first
 argument; `call` starts a method on it and returns at once, with a future that may be an argument of a later call; calls
@@ -8,14 +8,12 @@ of one worker run one after the other.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import transfer_queue
-from recipe.grpo_tiny.config import Settings
-from recipe.grpo_tiny.stages import GROUPED_TASKS
 
 if TYPE_CHECKING:
     from transfer_queue import TransferQueueClient
@@ -29,8 +27,8 @@ class Runtime(ABC):
     client: TransferQueueClient
 
     @abstractmethod
-    def start(self, settings: Settings) -> None:
-        """Start the queue and connect this process."""
+    def start(self, conf: Mapping[str, Any]) -> None:
+        """Start the queue with this configuration and connect this process."""
 
     @abstractmethod
     def spawn(self, worker: Callable[..., Any], *arguments: Any) -> Any: ...
@@ -43,23 +41,16 @@ class Runtime(ABC):
         """Return all results in order; the first failure is raised without waiting for the others."""
 
     @abstractmethod
+    def raise_failed(self, futures: Sequence[Any]) -> None:
+        """Raise what one of the futures has failed with already, if so; waits for none."""
+
+    @abstractmethod
     def close(self) -> None:
         """Stop the workers, whatever they wait for, and what `start` started."""
 
-    def _start_queue(self, name: str, settings: Settings) -> Any:
-        config = transfer_queue.init(
-            {
-                "runtime": name,
-                "controller": {
-                    "global_batch_size": settings.prompts,
-                    "num_global_batch": 1,
-                    "num_n_samples": settings.group_size,
-                },
-            }
-        )
+    def _start_queue(self, name: str, conf: Mapping[str, Any]) -> Any:
+        config = transfer_queue.init({**conf, "runtime": name})
         self.client = transfer_queue.get_client()
-        for task in GROUPED_TASKS:
-            self.client.register_sampler(task, "GRPOSampler", num_n_samples=settings.group_size)
         return config
 
 
@@ -81,13 +72,13 @@ class RayRuntime(Runtime):
         self._workers: list[Any] = []
         self._started_ray = False
 
-    def start(self, settings: Settings) -> None:
+    def start(self, conf: Mapping[str, Any]) -> None:
         import ray
 
         if not ray.is_initialized():
             ray.init(include_dashboard=False, logging_level="warning", object_store_memory=RAY_OBJECT_STORE_BYTES)
             self._started_ray = True
-        self._connect = _Connect(self._start_queue("ray", settings).controller.zmq_info)
+        self._connect = _Connect(self._start_queue("ray", conf).controller.zmq_info)
 
     def spawn(self, worker: Callable[..., Any], *arguments: Any) -> Any:
         import ray
@@ -103,13 +94,26 @@ class RayRuntime(Runtime):
         import ray
 
         pending = list(futures)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1)
+            self._results(done)
+        return self._results(futures)
+
+    def raise_failed(self, futures: Sequence[Any]) -> None:
+        import ray
+
+        if futures:
+            done, _ = ray.wait(list(futures), num_returns=len(futures), timeout=0)
+            self._results(done)
+
+    @staticmethod
+    def _results(done: Sequence[Any]) -> list[Any]:
+        import ray
+
         try:
-            while pending:
-                done, pending = ray.wait(pending, num_returns=1)
-                ray.get(done)
+            return list(ray.get(list(done)))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
-        return list(ray.get(list(futures)))
 
     def close(self) -> None:
         import ray
@@ -137,8 +141,8 @@ class ThreadRuntime(Runtime):
     def __init__(self) -> None:
         self._workers: list[_Threaded] = []
 
-    def start(self, settings: Settings) -> None:
-        self._start_queue("embedded", settings)
+    def start(self, conf: Mapping[str, Any]) -> None:
+        self._start_queue("embedded", conf)
 
     def spawn(self, worker: Callable[..., Any], *arguments: Any) -> Any:
         made = worker(lambda _: self.client, *arguments)
@@ -155,10 +159,13 @@ class ThreadRuntime(Runtime):
 
     def gather(self, futures: Sequence[Any]) -> list[Any]:
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            if future in done:
-                future.result()
+        self.raise_failed([future for future in futures if future in done])
         return [future.result() for future in futures]
+
+    def raise_failed(self, futures: Sequence[Any]) -> None:
+        for future in futures:
+            if future.done():
+                future.result()
 
     def close(self) -> None:
         """Closing the queue ends the waits of the stages; a trainer that then leaves ends the waits of the other."""

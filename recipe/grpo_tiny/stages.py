@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from recipe.grpo_tiny import generation, ragged
 from recipe.grpo_tiny.loss import group_advantages
@@ -160,7 +161,7 @@ class Rollout:
         load_weights(self.model, weights)
         self.version = weights.version
 
-    def __call__(self, rows: TensorDict) -> TensorDict:
+    def __call__(self, rows: ragged.Columns) -> TensorDict:
         seeds = generation.row_seeds(self.seed, rows["group_id"].tolist(), rows["session_id"].tolist())
         answers = generation.generate(self.model, rows["prompts"], generation.gumbel_noise(seeds), self.temperature)
         size = len(seeds)
@@ -188,12 +189,16 @@ class Reference:
 
     model: Model
 
-    @torch.no_grad()
     def __call__(self, rows: TensorDict) -> TensorDict:
-        lengths = ragged.row_lengths(rows["responses"])
-        log_probs = response_log_probs(self.model, rows["prompts"], rows["responses"], rows["temperature"])
-        column = ragged.jagged(log_probs[ragged.valid(lengths)], lengths)
-        return TensorDict({"ref_log_probs": column}, batch_size=rows.batch_size)
+        return TensorDict({"ref_log_probs": answer_log_probs(self.model, rows)}, batch_size=rows.batch_size)
+
+
+@torch.no_grad()
+def answer_log_probs(model: Model, rows: ragged.Columns) -> Tensor:
+    """Return the log-probs of the answers, jagged [B, R] float32, without a gradient."""
+    lengths = ragged.row_lengths(rows["responses"])
+    log_probs = response_log_probs(model, rows["prompts"], rows["responses"], rows["temperature"])
+    return ragged.jagged(log_probs[ragged.valid(lengths)], lengths)
 
 
 def advantage_rows(rows: TensorDict) -> TensorDict:

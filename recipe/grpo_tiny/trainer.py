@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed import FileStore, ProcessGroupGloo
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -63,17 +62,19 @@ class Trainer:
         self._parameters = list(model.parameters())
         self._optimizer = torch.optim.AdamW(self._parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def step(self, rows: TensorDict) -> Update:
+    def step(self, rows: ragged.Columns) -> Update:
         """Train on the rows of this rank and on those the other ranks train on at the same time.
 
-        The behaviour policy is the one being trained (one update per batch), so its log-probs are the new ones,
-        detached: the ratio is 1, its gradient is not 0.
+        Without a field `old_log_probs` the behaviour policy is the one being trained (one update per batch), so its
+        log-probs are the new ones, detached: the ratio is 1, its gradient is not 0.
         """
         mask = ragged.padded(rows["response_mask"], 0).bool()
         new = response_log_probs(self._model, rows["prompts"], rows["responses"], rows["temperature"])
         gap = (new.detach() - ragged.padded(rows["rollout_log_probs"], 0)).masked_fill(~mask, 0).abs().max()
         ref = ragged.padded(rows["ref_log_probs"], 0)
-        loss_sum, metrics = grpo_loss(new, new.detach(), rows["advantages"], mask, ref=ref, beta=self._kl, denom=1.0)
+        given = rows.get("old_log_probs", None)
+        old = new.detach() if given is None else ragged.padded(given, 0)
+        loss_sum, metrics = grpo_loss(new, old, rows["advantages"], mask, ref=ref, beta=self._kl, denom=1.0)
         tokens, total_loss, total_kl = self._backward(loss_sum, int(mask.sum()), metrics.kl)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
         self._optimizer.step()

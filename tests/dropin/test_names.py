@@ -139,3 +139,14 @@ def test_48_get_logger_adds_no_handler() -> None:
     logger = get_logger("transfer_queue.test_names", "ERROR")
     assert (logger.level, logger.handlers) == (logging.ERROR, [])
     assert get_logger("transfer_queue.test_names", "DEBUG").level == logging.ERROR
+
+
+def test_01_modules_are_attributes_of_the_package() -> None:
+    """`import transfer_queue` is enough to name them, as where the package imports them all."""
+    program = """
+import transfer_queue as tq
+assert tq.interface.init is tq.init and tq.interface._TQ_CLIENT is None
+assert tq.utils.enum_utils.Role and tq.metadata.KVBatchMeta is tq.KVBatchMeta
+assert not hasattr(tq, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

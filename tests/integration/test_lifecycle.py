@@ -73,7 +73,7 @@ def test_a_start_that_fails_is_rolled_back(stage: str, monkeypatch: pytest.Monke
     assert folders() == before
 
 
-def _fail(*arguments: Any) -> Any:
+def _fail(*arguments: Any, **options: Any) -> Any:
     raise TransferQueueError("this stage fails")
 
 

@@ -1,11 +1,14 @@
-"""What the controller says, as metas."""
+"""What the controller says, as metas and listings."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from typing import Any
 
-from transfer_queue.messages import ColumnSpec, Drawn, Location
-from transfer_queue.metadata import BatchMeta, FieldLocation, FieldSchema
+from transfer_queue.messages import ColumnSpec, Drawn, Keys, Location
+from transfer_queue.metadata import BatchMeta, FieldLocation, FieldSchema, KVDelta
+from transfer_queue.metadata.values import copy_tag
 
 _NESTED = ("ragged", "shaped")
 _DENSE = "dense"
@@ -44,3 +47,18 @@ def fields_of(columns: Iterable[ColumnSpec]) -> dict[str, FieldSchema]:
 
 def locations_of(locations: Iterable[Location]) -> tuple[FieldLocation, ...]:
     return tuple(FieldLocation(location.fields, location.blocks, location.slots) for location in locations)
+
+
+def delta_of(reply: Keys) -> KVDelta:
+    removed: dict[str, list[str]] = {}
+    for name, key in zip(reply.removed_from, reply.removed, strict=True):
+        removed.setdefault(name, []).append(key)
+    return KVDelta(reply.cursor, listing_of(reply), removed, reply.full)
+
+
+def listing_of(reply: Keys) -> dict[str, dict[str, dict[str, Any]]]:
+    entries = zip(reply.keys, reply.tags, strict=True)
+    counts = zip(reply.partitions, reply.counts.tolist(), strict=True)
+    return {
+        name: {key: copy_tag("tag", tag) for key, tag in itertools.islice(entries, count)} for name, count in counts
+    }

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer_queue import environment
 from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.metadata import BatchMeta
 
@@ -46,6 +47,13 @@ def timeout_seconds(timeout: float | None) -> float:
     if timeout < 0 or math.isnan(timeout):
         raise InvalidArgument(f"timeout must not be negative, not {timeout!r}")
     return float(timeout)
+
+
+def data_seconds(timeout: float | None) -> float:
+    """How long data is waited for: what the call says, else what TQ_SIMPLE_STORAGE_SEND_RECV_TIMEOUT does."""
+    if timeout is None:
+        return environment.seconds("TQ_SIMPLE_STORAGE_SEND_RECV_TIMEOUT") or DEFAULT_TIMEOUT_S
+    return timeout_seconds(timeout)
 
 
 def lease_seconds(lease: float | None) -> float | None:
@@ -150,3 +158,35 @@ def tags_of(tags: Tags | None) -> tuple[dict[str, Any] | None, ...] | None:
         raise WrongType(f"a tag must be a dict or None, not {wrong[0]!r}")
     found = tuple(dict(tag) if tag else None for tag in tags)
     return found if any(tag for tag in found) else None
+
+
+# ---------------------------------------------------------------- keys
+
+
+def key_names(keys: Any, *, one: bool, distinct: bool, least: int = 1) -> tuple[str, ...]:
+    """`one`: a single key may come as a str."""
+    if one and isinstance(keys, str):
+        keys = [keys]
+    if not isinstance(keys, list | tuple):
+        raise WrongType(f"keys must be a list of str{' or a str' if one else ''}, not {keys!r:.200}")
+    names = names_of("keys", keys, distinct)
+    if len(names) < least:
+        raise InvalidArgument("keys must not be empty")
+    return names
+
+
+def distinct_names(what: str, names: Any) -> tuple[str, ...]:
+    listed = [names] if isinstance(names, str) else list(names) if isinstance(names, set | frozenset) else names
+    return tuple(dict.fromkeys(names_of(what, listed, distinct=False)))
+
+
+def partition_str(partition_id: Any) -> str:
+    if not isinstance(partition_id, str):
+        raise WrongType(f"partition_id must be a str, not {partition_id!r}")
+    return str(partition_id)
+
+
+def cursor_of(since: Any) -> str | None:
+    if since is not None and not isinstance(since, str):
+        raise WrongType(f"since must be a cursor, as a KVDelta has it, not {since!r:.200}")
+    return since

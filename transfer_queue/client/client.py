@@ -6,7 +6,18 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from transfer_queue.client import changing, checkpoint, core, introducing, keys, leasing, reading, status, writing
+from transfer_queue.client import (
+    awaiting,
+    changing,
+    checkpoint,
+    core,
+    introducing,
+    keys,
+    leasing,
+    reading,
+    status,
+    writing,
+)
 from transfer_queue.client.core import ClientCore, Defaults
 from transfer_queue.client.drivers import awaitable, blocking, run
 from transfer_queue.client.transfer import Transfer
@@ -56,9 +67,10 @@ class TransferQueueClient:
     layout, strict, allow_pickle, polling_mode, get_meta_timeout_s
                      as in the configuration; `None`, also for `checksums`: as in that of the session
 
-    Every call waits at most its `timeout` (60 s by default, 20 s if it asks about the state) and then raises. Each `x`
-    has an `async_x` with the same arguments. A call that raised changed nothing, except that after `ConnectionLost` its
-    outcome may be open: `resend` tells.
+    Every call waits at most its `timeout` and then raises: 60 s by default, 20 s if it asks about the state, and
+    TQ_SIMPLE_STORAGE_SEND_RECV_TIMEOUT, where that is set, if it puts or gets data. Each `x` has an `async_x` with the
+    same arguments. A call that raised changed nothing, except that after `ConnectionLost` its outcome may be open:
+    `resend` tells.
     """
 
     def __init__(
@@ -178,7 +190,7 @@ class TransferQueueClient:
         where: Mapping[str, Any] | None = None,
         since: str = "",
         timeout: float | None = None,
-    ) -> keys.KeyWatch:
+    ) -> awaiting.KeyWatch:
         """The changes of a partition's keys after a cursor, as they come; of those keys whose tags match `where`.
 
             for delta in client.kv_watch("train", where={"status": "finished"}):
@@ -186,7 +198,7 @@ class TransferQueueClient:
 
         Also for `async for`. Ends with `GetMetaTimeout` when nothing changes for `timeout` seconds.
         """
-        return keys.KeyWatch(self._core, partition_id, where=where, since=since, timeout=timeout)
+        return awaiting.KeyWatch(self._core, partition_id, where=where, since=since, timeout=timeout)
 
     async_kv_watch = kv_watch  # what it returns is for `for` and for `async for`
 
@@ -218,7 +230,7 @@ class TransferQueueClient:
     async_kv_batch_get_by_meta = awaitable(keys.kv_batch_get_by_meta)
     kv_list, async_kv_list = blocking(keys.kv_list), awaitable(keys.kv_list)
     kv_clear, async_kv_clear = blocking(keys.kv_clear), awaitable(keys.kv_clear)
-    kv_wait, async_kv_wait = blocking(keys.kv_wait), awaitable(keys.kv_wait)
+    kv_wait, async_kv_wait = blocking(awaiting.kv_wait), awaitable(awaiting.kv_wait)
     get_partition_list = blocking(reading.get_partition_list)
     async_get_partition_list = awaitable(reading.get_partition_list)
     get_production_status = blocking(status.get_production_status)

@@ -1,11 +1,10 @@
-"""Keys: putting, getting, listing, clearing and awaiting samples by name. A key is a sample that has one.
+"""Keys: putting, getting, listing and clearing samples by name. A key is a sample that has one.
 
 n keys of a call
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,22 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
 
 from transfer_queue.client import columns, transfer
-from transfer_queue.client.arguments import DEFAULT_TIMEOUT_S, names_of, timeout_seconds, whole_number
+from transfer_queue.client.answers import delta_of, listing_of
+from transfer_queue.client.arguments import (
+    cursor_of,
+    data_seconds,
+    distinct_names,
+    key_names,
+    partition_str,
+    timeout_seconds,
+)
 from transfer_queue.client.core import ClientCore, changed
-from transfer_queue.client.drivers import arun, run
 from transfer_queue.client.parsing import DataParser, parsed
 from transfer_queue.client.steps import Call, Operation
 from transfer_queue.client.writing import new_rows, put_rows
 from transfer_queue.config import layout_in_force
 from transfer_queue.errors import InvalidArgument, KeyNotFound, StaleSampleError, UnknownName, WrongType
-from transfer_queue.messages import Clear, Drawn, GetKeys, Keys, Locate, Location, Put, PutDone, WaitKeys
+from transfer_queue.messages import Clear, Drawn, GetKeys, Keys, Locate, Location, Put, PutDone
 from transfer_queue.metadata import KVBatchMeta, KVDelta
 from transfer_queue.metadata.values import copy_tag
 from transfer_queue.storage.block import EncodedColumn
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("transfer_queue")
 
 _SHOWN = 10
+_TRIES = 100  # of a get whose rows go on being cleared or written
 
 
 # ---------------------------------------------------------------- putting
@@ -61,7 +68,7 @@ def kv_put(
         raise InvalidArgument("nothing to put: give fields, a tag, or both")
     data = None if fields is None else _one_row(fields)
     tags = None if tag is None else [tag]
-    return (yield from _put(core, (key,), _partition(partition_id), data, tags, data_parser, timeout))
+    return (yield from _put(core, (key,), partition_str(partition_id), data, tags, data_parser, timeout))
 
 
 def kv_batch_put(
@@ -75,14 +82,14 @@ def kv_batch_put(
     timeout: float | None = None,
 ) -> Operation[KVBatchMeta]:
     """The same for n keys: `fields` has batch size [n], `tags` n dicts. Returns all of them, in this order."""
-    names = _keys(keys, one=False, distinct=True)
+    names = key_names(keys, one=False, distinct=True)
     if fields is None and tags is None:
         raise InvalidArgument("nothing to put: give fields, tags, or both")
     if fields is not None and not (isinstance(fields, TensorDictBase) or is_tensor_collection(fields)):
         raise WrongType(f"fields must be a TensorDict, not {type(fields).__name__}")
     if fields is not None and (not fields.batch_size or fields.batch_size[0] != len(names)):
         raise InvalidArgument(f"fields has batch size {list(fields.batch_size)}, there are {len(names)} keys")
-    return (yield from _put(core, names, _partition(partition_id), fields, tags, data_parser, timeout))
+    return (yield from _put(core, names, partition_str(partition_id), fields, tags, data_parser, timeout))
 
 
 def _put(
@@ -94,7 +101,7 @@ def _put(
     data_parser: DataParser | None,
     timeout: float | None,
 ) -> Operation[KVBatchMeta]:
-    timeout_s = timeout_seconds(timeout)
+    timeout_s = data_seconds(timeout)
     given = None if tags is None else _tags(tags, len(keys))
     if data is not None and data_parser is not None:
         data = parsed(data, data_parser)
@@ -155,12 +162,12 @@ def kv_batch_get(
     out. If that leaves no key (`KeyNotFound`) or no column (`UnknownName`), or with `strict` for any that is missing,
     raises with their names; both errors are a `ValueError`. `layout` as for `get_data`.
     """
-    names = _keys(keys, one=True, distinct=False)
-    chosen = None if select_fields is None else _names("select_fields", select_fields)
-    where = _partition(partition_id)
+    names = key_names(keys, one=True, distinct=False)
+    chosen = None if select_fields is None else distinct_names("select_fields", select_fields)
+    where = partition_str(partition_id)
     layout = layout_in_force(layout, core.layout)
     strict = core.defaults.strict if strict is None else bool(strict)
-    deadline = time.monotonic() + timeout_seconds(timeout)
+    deadline, tries = time.monotonic() + data_seconds(timeout), _TRIES
     while True:
         left_s = max(deadline - time.monotonic(), 0.0)
         found: Drawn = yield Call(core.controller, _locate(names, where, chosen), left_s)
@@ -168,7 +175,8 @@ def kv_batch_get(
         try:
             parts = yield from transfer.load(core.transfer, _within(found, wanted), wanted, left_s) if wanted else ()
         except StaleSampleError:  # cleared, or written anew, since the controller was asked: what is there now?
-            if not left_s:
+            tries -= 1
+            if not (tries and left_s):
                 raise
             continue
         return columns.decode(parts or {}, len(found.indexes), layout=layout, allow_pickle=core.allow_pickle)
@@ -188,7 +196,7 @@ def kv_batch_get_by_meta(
         raise WrongType(f"meta must be a KVBatchMeta, not {type(meta).__name__}")
     if meta.partition_id is None:
         raise InvalidArgument("meta has no partition_id: it names no keys of a queue")
-    chosen = None if select_fields is None else _names("select_fields", select_fields)
+    chosen = None if select_fields is None else distinct_names("select_fields", select_fields)
     unknown = [name for name in chosen or () if meta.fields is not None and name not in meta.fields]
     if unknown:
         raise UnknownName(f"select_fields {unknown} not found among the fields of this meta: {meta.fields}")
@@ -253,149 +261,24 @@ def kv_list(
     With `since`, a cursor, a `KVDelta`: what changed after it, in that order. `since=""` begins with everything, and
     so does a cursor that is too old, or from before a restart or the load of a checkpoint.
     """
-    name = None if partition_id is None else _partition(partition_id)
-    request = GetKeys(partition_id=name, since=_cursor(since))
+    name = None if partition_id is None else partition_str(partition_id)
+    request = GetKeys(partition_id=name, since=cursor_of(since))
     reply: Keys = yield Call(core.controller, request, timeout_seconds(timeout))
-    return _by_key(reply) if since is None else _delta(reply)
+    return listing_of(reply) if since is None else delta_of(reply)
 
 
 def kv_clear(
     core: ClientCore, keys: Sequence[str] | str, partition_id: str, *, timeout: float | None = None
 ) -> Operation[None]:
     """Remove keys with all that they have; those that are not there, or come twice, are no error."""
-    where, timeout_s = _partition(partition_id), timeout_seconds(timeout)
-    names = _keys(keys, one=True, distinct=False, least=0)
+    where, timeout_s = partition_str(partition_id), timeout_seconds(timeout)
+    names = key_names(keys, one=True, distinct=False, least=0)
     if names:
         request = Clear(partition_id=where, global_step=None, indexes=None, generations=None, keys=names)
         yield from changed(core, request, timeout_s)
 
 
-# ---------------------------------------------------------------- waiting
-
-
-def kv_wait(
-    core: ClientCore,
-    partition_id: str,
-    *,
-    keys: Sequence[str] | str | None = None,
-    fields: Sequence[str] | str | None = None,
-    where: Mapping[str, Any] | None = None,
-    count: int | None = None,
-    since: str | None = None,
-    timeout: float | None = None,
-) -> Operation[KVDelta]:
-    """Wait until keys of a partition are as described, and return those that are, in the order of a listing.
-
-    keys     all of these; else as many as `count` (1) of those in the partition
-    fields   they have these columns
-    where    their tags match: `{entry: value}`, or a list of values of which it has one
-    since    they changed after this cursor (""; from the beginning on). Without `keys` and `count`, the removal of a
-             key ends the wait as well, and so does a cursor that cannot be followed any more: the result is `full` then
-    timeout  seconds, None: 60, `math.inf`: for ever
-
-    Nothing is polled: the request stays at the controller until a change answers it. Raises `GetMetaTimeout` that names
-    what is pending.
-    """
-    if keys is not None and count is not None:
-        raise InvalidArgument("give keys, all of which are waited for, or the count of others, not both")
-    request = WaitKeys(
-        partition_id=_partition(partition_id),
-        keys=None if keys is None else tuple(dict.fromkeys(_keys(keys, one=True, distinct=False))),
-        fields=() if fields is None else _names("fields", fields),
-        where=_where(where),
-        count=None if count is None else whole_number("count", count),
-        since=_cursor(since),
-        timeout_s=timeout_seconds(timeout),
-    )
-    return _delta((yield Call(core.controller, request, request.timeout_s)))
-
-
-class KeyWatch:
-    """The changes of a partition's keys, one `KVDelta` after the other, for `for` and for `async for`.
-
-    `cursor` is that of the last one: a watch that begins there goes on where this one stopped. Raises `GetMetaTimeout`
-    if nothing changes for `timeout` seconds; the watch may be asked again after that.
-    """
-
-    def __init__(
-        self,
-        core: ClientCore,
-        partition_id: str,
-        *,
-        where: Mapping[str, Any] | None = None,
-        since: str = "",
-        timeout: float | None = None,
-    ) -> None:
-        self._core = core
-        self._partition = _partition(partition_id)
-        self._where = _where(where)
-        self._timeout = DEFAULT_TIMEOUT_S if timeout is None else timeout_seconds(timeout)
-        self.cursor = _cursor(since) or ""
-
-    def __repr__(self) -> str:
-        return f"<KeyWatch of partition {self._partition!r} at {self.cursor!r}>"
-
-    def __iter__(self) -> KeyWatch:
-        return self
-
-    def __next__(self) -> KVDelta:
-        return run(self._next())
-
-    def __aiter__(self) -> KeyWatch:
-        return self
-
-    async def __anext__(self) -> KVDelta:
-        return await arun(self._next())
-
-    def _next(self) -> Operation[KVDelta]:
-        how: dict[str, Any] = {"where": self._where, "since": self.cursor, "timeout": self._timeout}
-        delta = yield from kv_wait(self._core, self._partition, **how)
-        self.cursor = delta.cursor
-        return delta
-
-
-# ---------------------------------------------------------------- replies
-
-
-def _delta(reply: Keys) -> KVDelta:
-    removed: dict[str, list[str]] = {}
-    for name, key in zip(reply.removed_from, reply.removed, strict=True):
-        removed.setdefault(name, []).append(key)
-    return KVDelta(reply.cursor, _by_key(reply), removed, reply.full)
-
-
-def _by_key(reply: Keys) -> dict[str, dict[str, dict[str, Any]]]:
-    entries = zip(reply.keys, reply.tags, strict=True)
-    counts = zip(reply.partitions, reply.counts.tolist(), strict=True)
-    return {
-        name: {key: copy_tag("tag", tag) for key, tag in itertools.islice(entries, count)} for name, count in counts
-    }
-
-
 # ---------------------------------------------------------------- arguments
-
-
-def _keys(keys: Any, *, one: bool, distinct: bool, least: int = 1) -> tuple[str, ...]:
-    """`one`: a single key may come as a str."""
-    if one and isinstance(keys, str):
-        keys = [keys]
-    if not isinstance(keys, list | tuple):
-        raise WrongType(f"keys must be a list of str{' or a str' if one else ''}, not {keys!r:.200}")
-    names = names_of("keys", keys, distinct)
-    if len(names) < least:
-        raise InvalidArgument("keys must not be empty")
-    return names
-
-
-def _names(what: str, names: Any) -> tuple[str, ...]:
-    listed = [names] if isinstance(names, str) else list(names) if isinstance(names, set | frozenset) else names
-    return tuple(dict.fromkeys(names_of(what, listed, distinct=False)))
-
-
-def _partition(partition_id: Any) -> str:
-    if not isinstance(partition_id, str):
-        raise WrongType(f"partition_id must be a str, not {partition_id!r}")
-    return str(partition_id)
 
 
 def _tags(tags: Any, count: int) -> tuple[dict[str, Any] | None, ...] | None:
@@ -407,18 +290,3 @@ def _tags(tags: Any, count: int) -> tuple[dict[str, Any] | None, ...] | None:
     if len(tags) != count:
         raise InvalidArgument(f"{len(tags)} tags for {count} keys: give one per key")
     return tuple(dict(tag) for tag in tags) if any(tags) else None
-
-
-def _where(where: Any) -> dict[str, list[Any]]:
-    if where is None:
-        return {}
-    if not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where):
-        raise WrongType(f"where must be a dict of tag entries and values, not {where!r:.200}")
-    several = (list, tuple, set, frozenset)
-    return {name: list(value) if isinstance(value, several) else [value] for name, value in where.items()}
-
-
-def _cursor(since: Any) -> str | None:
-    if since is not None and not isinstance(since, str):
-        raise WrongType(f"since must be a cursor, as a KVDelta has it, not {since!r:.200}")
-    return since

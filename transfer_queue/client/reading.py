@@ -18,6 +18,7 @@ from transfer_queue.client.answers import meta_of
 from transfer_queue.client.arguments import (
     DEFAULT_TIMEOUT_S,
     address,
+    data_seconds,
     lease_seconds,
     mapping_of,
     names_of,
@@ -67,7 +68,8 @@ def get_meta(
     timeout   seconds to wait; 0: do not wait. `None`: TQ_CONTROLLER_GET_METADATA_TIMEOUT, or else what the queue was
               configured with, which is 60; with `polling_mode` 0
 
-    Where the queue is configured with `polling_mode`, a draw that is not served in time returns an empty meta. Otherwise
+    Where the queue is configured with `polling_mode`, a draw that is not served in time returns an empty meta. So does,
+    with `extra_info["end_of_stream"]`, one of a partition whose last rows were put and that has too few left. Otherwise
     raises `GetMetaTimeout` saying what is missing; `InvalidArgument` at once for a draw that can never be served.
     """
     partition, step = address(partition_id, global_step)
@@ -136,7 +138,7 @@ def get_data(
     Raises `StaleSampleError` if rows were cleared, `UnknownName` or `InvalidArgument` for fields that do not exist or
     are not produced for all rows.
     """
-    timeout_s = timeout_seconds(timeout)
+    timeout_s = data_seconds(timeout)
     layout = layout_in_force(layout, core.layout)
     wanted = tuple(metadata.field_names) if fields is None else names_of("fields", fields)
     mask = None

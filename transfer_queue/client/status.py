@@ -75,17 +75,20 @@ def get_consumption_status(
 def check_production_status(
     core: ClientCore, data_fields: Sequence[str], partition_id: str | int, *, timeout: float | None = None
 ) -> Operation[bool]:
-    """Whether the partition has rows and all of them have these fields."""
+    """Whether the partition has rows, none are to come, and all of them have these fields.
+
+    To come are those that TQ_PRE_ALLOC_SAMPLE_NUM said at the controller when the partition began, less those that came.
+    """
     status = yield from _status(core, partition_id, None, names_of("data_fields", data_fields), timeout)
-    return len(status.indexes) > 0 and bool(status.production.all())
+    return _is_whole(status) and bool(status.production.all())
 
 
 def check_consumption_status(
     core: ClientCore, task_name: str, partition_id: str | int, *, timeout: float | None = None
 ) -> Operation[bool]:
-    """Whether the partition has rows and the task consumed all of them."""
+    """Whether the partition has rows, none are to come (see `check_production_status`), and the task consumed them."""
     status = yield from _status(core, partition_id, task_name, (), timeout)
-    return len(status.indexes) > 0 and status.consumption is not None and bool(status.consumption.all())
+    return _is_whole(status) and status.consumption is not None and bool(status.consumption.all())
 
 
 def check_production_completed(
@@ -175,6 +178,10 @@ def storage_infos(core: ClientCore, timeout: float = DEFAULT_TIMEOUT_S) -> Opera
 
 
 # ---------------------------------------------------------------- inside
+
+
+def _is_whole(status: Status) -> bool:
+    return len(status.indexes) > 0 and not status.to_come
 
 
 def _endpoint(unit: UnitInfo) -> ZMQServerInfo:

@@ -18,11 +18,11 @@ from transfer_queue.client.arguments import (
     address,
     agreed_rows,
     check_handle,
+    data_seconds,
     group_of,
     names_of,
     one_of,
     tags_of,
-    timeout_seconds,
     versions_of,
     whole_number,
 )
@@ -111,7 +111,7 @@ def put(
     disagree in length or a changed dtype, shared fields without groups or with entries of several forms in one group,
     `UnknownName` for a shared field that is not in `data`, `EncodeError`.
     """
-    timeout_s = timeout_seconds(timeout)
+    timeout_s = data_seconds(timeout)
     if metadata is not None:
         check_handle(metadata, partition_id, global_step, keys, group_ids)
     groups = None if group_ids is None else tuple(group_of(group) for group in group_ids)

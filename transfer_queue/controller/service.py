@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from transfer_queue import environment
 from transfer_queue.controller.answering import Answers
 from transfer_queue.controller.checkpoint import Cuts, restore
 from transfer_queue.controller.keeping import Keeper
@@ -85,6 +86,7 @@ class ControllerService:
         self.requests = RequestTable()
         self._ledger = ledger
         ledger.serving.keys.feed.life = secrets.token_hex(6)
+        ledger.serving.expected_rows = _expected_rows
         self._clock = clock
         self._lock = threading.Lock()
         self._units = UnitBook(ledger.blocks)
@@ -388,3 +390,7 @@ class ControllerService:
 
     def _known_units(self) -> Units:
         return Units(units=self._units.infos(), admit_from_bytes=self._ledger.gate.admit_from_bytes)
+
+
+def _expected_rows() -> int:
+    return environment.whole_number("TQ_PRE_ALLOC_SAMPLE_NUM", at_least=0) or 0

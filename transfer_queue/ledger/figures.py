@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,11 +24,13 @@ PARTITIONS_AT_ONCE = 32
 
 
 class PartitionFigures(NamedTuple):
-    """`produced`: for each task that asked for rows, the share of the cells it asks for that are there, 0 to 1."""
+    """to_come   rows that the partition was said to get and did not
+    produced  for each task that asked for rows, the share of the cells it asks for that are there, 0 to 1
+    """
 
     name: str
     number: int
-    samples: int
+    to_come: int
     produced: dict[str, float]
 
 
@@ -61,7 +63,7 @@ class WaitingFigures(NamedTuple):
 
     task: str
     missing: str
-    count: int
+    draws: int
     since: float  # of the oldest
 
 
@@ -102,7 +104,9 @@ class Figures:
         return Slots(
             partition=table.partition[part].copy(),
             version=version.copy() if (version != NO_VERSION).any() else None,
-            tasks={name: (task.consumed[part].copy(), task.reserved[part].copy()) for name, task in table.tasks.items()},
+            tasks={
+                name: (task.consumed[part].copy(), task.reserved[part].copy()) for name, task in table.tasks.items()
+            },
         )
 
     def units_of(self, field: str, start: int) -> Int64s:
@@ -163,16 +167,45 @@ class RowCounts:
         return np.zeros(self._size + 1, np.int64)  # and one for all others
 
 
+class RowsAtUnits:
+    """Counts the rows that have data at each of some units: a row counts once, however many fields it has there.
+
+    `add` the units of one field after the other for the same slots, then `next_slots`. Needs no lock.
+    """
+
+    def __init__(self, units: Sequence[int]) -> None:
+        self._units = list(units)
+        self._places = np.full(max(units, default=0) + 2, len(units), np.int64)  # by number; 0 is no unit
+        self._places[self._units] = np.arange(len(units))
+        self._rows = np.zeros(len(units) + 1, np.int64)  # and one for all others
+        self._seen = np.zeros((len(units) + 1, SLOTS_AT_ONCE), np.bool_)
+
+    def add(self, units: Int64s) -> None:
+        """`units`: as `Figures.units_of` returns them."""
+        self._seen[self._places.take(units, mode="clip"), np.arange(len(units))] = True
+
+    def next_slots(self) -> None:
+        self._rows += np.count_nonzero(self._seen, axis=1)
+        self._seen[:] = False
+
+    def by_unit(self) -> dict[int, int]:
+        return dict(zip(self._units, self._rows.tolist(), strict=False))
+
+
 def _figures(partition: Partition) -> PartitionFigures:
     asked: dict[str, set[str]] = {}
     for task, fields in partition.ready:
         asked.setdefault(task, set()).update(fields)
     produced = {task: _produced(partition, asked.get(task) or partition.fields) for task in partition.accounts}
-    return PartitionFigures(partition.name, partition.number, partition.live, produced)
+    return PartitionFigures(partition.name, partition.number, _to_come(partition), produced)
 
 
-def _produced(partition: Partition, fields: set[str] | dict[str, object]) -> float:
-    cells = partition.live * len(fields)
+def _to_come(partition: Partition) -> int:
+    return max(0, partition.expected - partition.inserted)
+
+
+def _produced(partition: Partition, fields: Collection[str]) -> float:
+    cells = (partition.live + _to_come(partition)) * len(fields)
     return sum(partition.fields[name].rows for name in fields if name in partition.fields) / cells if cells else 0.0
 
 

@@ -107,6 +107,8 @@ class KeyBook:
         """Answer, or park the request until a change answers it."""
         if request.count is not None and request.keys is not None:
             raise InvalidArgument("give keys, all of which are waited for, or the count of others, not both")
+        if not all(isinstance(values, list | tuple) for values in request.where.values()):
+            raise InvalidArgument(f"where must have a list of values per tag entry, not {request.where!r:.200}")
         name = request.partition_id
         wish = Wish.of(request, None if request.since is None else self.feed.read(request.since))
         watched = self._watched.get(name) or _Watched(Matches(self._rows, name))

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer_queue.errors import WrongType
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.messages import WaitKeys
@@ -32,6 +33,9 @@ class Wish:
 
     @classmethod
     def of(cls, request: WaitKeys, since: int | None) -> Wish:
+        wrong = [name for name, values in request.where.items() if not isinstance(values, list | tuple)]
+        if wrong:
+            raise WrongType(f"where[{wrong[0]!r}] must be the list of values to look for, not {request.where[wrong[0]]!r}")
         where = tuple((name, tuple(values)) for name, values in request.where.items())
         plain = all(type(value) in _PLAIN for _, values in where for value in values)
         return cls(tuple(sorted(set(request.fields))), where, since, plain)

@@ -57,6 +57,7 @@ class Partition:
         self._leading = 0  # length of the run of cleared ordinals at the start
         self.inserted = 0
         self.sealed = False  # no more rows come
+        self.expected = 0  # rows that it was said to get when it began
         self.keys: dict[str, int] = {}
         self.groups = GroupTable()
         self.fields: dict[str, FieldState] = {}

@@ -11,6 +11,7 @@ from transfer_queue.messages.journal import (
     DrawUndone,
     LeaseEnded,
     Resumed,
+    RowsExpected,
     SamplerGiven,
     TaskSeen,
     TurnSkipped,
@@ -36,6 +37,8 @@ def replay(ledger: Ledger, record: Record) -> Reply | None:
             serving.undo(record.ticket, record.now)
         case TaskSeen():
             serving.meet(record.partition, request.task_name, record.now)
+        case RowsExpected():
+            serving.expect(record.partition, request.rows, record.now)
         case TurnSkipped():
             serving.skip_turn(record, Split(request.rank, request.rank + 1, None, 0))
         case UnitGivenUp():

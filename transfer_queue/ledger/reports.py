@@ -78,6 +78,7 @@ class Reports:
             production=np.stack(production, axis=1).ravel() if production else np.empty(0, dtype=np.int64),
             consumption=consumption,
             sealed=partition is not None and partition.sealed,
+            to_come=0 if partition is None else max(0, partition.expected - partition.inserted),
         )
 
     def admission(self, request: GetAdmission, producer: str) -> dict[str, Any]:

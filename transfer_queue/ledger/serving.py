@@ -19,7 +19,7 @@ from transfer_queue.ledger.selection import Plan, Split
 from transfer_queue.ledger.stirring import Stirred
 from transfer_queue.ledger.waiting import Ticket, WaitingDraw, WaitingKeys, WaitingPut, WaitingRoom
 from transfer_queue.messages import Admit, Admitted, Draw, Drawn, Keys, Put, PutDone
-from transfer_queue.messages.journal import DrawUndone, TaskSeen, TurnSkipped
+from transfer_queue.messages.journal import DrawUndone, RowsExpected, TaskSeen, TurnSkipped
 
 Answer: TypeAlias = tuple[Ticket, "PutDone | Admitted | Drawn | Keys | TransferQueueError"]
 
@@ -44,6 +44,7 @@ class Serving:
     ) -> None:
         self.undoable: OrderedDict[Ticket, DrawRecord] = OrderedDict()
         self.admits: Callable[[Put], bool] | None = None  # whether a put that waited can be written down now
+        self.expected_rows: Callable[[], int] = lambda: 0  # of a partition that begins now
         self.keys = KeyBook(rows, waiting)
         self._rows = rows
         self._putting = putting
@@ -92,6 +93,8 @@ class Serving:
     def _apply(
         self, request: Put, name: str, ticket: Ticket, client: str, now: float, before: Record | None = None
     ) -> PutDone:
+        begins = before is None and request.indexes is None and name not in self._rows.partitions
+        expected = self.expected_rows() if begins else 0
         done, touched = self._putting.apply(request, name, client, now, None if before is None else before.rows)
         if before is not None and int(done.generations.sum()) != before.check:
             raise JournalDamaged(f"rows {done.indexes[:10].tolist()} had other generations when they were put first")
@@ -100,6 +103,8 @@ class Serving:
         if self._records.keep:
             check = int(done.generations.sum())
             self._records.add(Record(request, now, ticket, client, name, done.indexes, check=check))
+        if expected:
+            self.expect(name, expected, now)
         self._rows.blocks.close_orders()
         fields = tuple(spec.name for spec in request.columns)
         self._stirred.window_freed |= request.is_last  # puts that wait will never be let in
@@ -109,6 +114,11 @@ class Serving:
             else:
                 self._stirred.stir(partition.name)
         return done
+
+    def expect(self, name: str, rows: int, now: float) -> None:
+        """Until it had so many rows, the partition counts as neither produced nor consumed."""
+        self._rows.existing(name).expected = rows
+        self._records.add(Record(RowsExpected(rows=rows), now, partition=name))
 
     # ------------------------------------------------------------ draws
 

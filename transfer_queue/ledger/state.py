@@ -130,6 +130,7 @@ def dump_partition(partition: Partition) -> State:
         "indexes": partition.indexes[: partition.length].copy(),
         "inserted": partition.inserted,
         "sealed": partition.sealed,
+        "expected": partition.expected,
         "groups": [(one.group_id, one.number, one.expected, one.ordinals, one.sealed) for one in groups.values()],
         "aborted_groups": list(groups.aborted),
         "next_group": groups.next_number,
@@ -155,7 +156,7 @@ def load_partition(state: State, table: RowTable) -> Partition:
     partition.indexes = _own(state["indexes"])
     partition.length = len(partition.indexes)
     partition.live = int((partition.indexes >= 0).sum())
-    partition.inserted, partition.sealed = state["inserted"], state["sealed"]
+    partition.inserted, partition.sealed, partition.expected = state["inserted"], state["sealed"], state["expected"]
     rows = partition.rows().tolist() if table.keys else ()
     partition.keys = {table.keys[row]: row for row in rows if row in table.keys}
     groups = [Group(known, number, size, _own(rows), sealed) for known, number, size, rows, sealed in state["groups"]]

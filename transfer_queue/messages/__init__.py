@@ -140,17 +140,7 @@ ControllerRequest: TypeAlias = (
     | WaitKeys
 )
 UnitRequest: TypeAlias = (
-    ReadBlock
-    | Reserve
-    | ReturnSpan
-    | AbortBlocks
-    | Write
-    | Pin
-    | Unpin
-    | StillHeld
-    | Fetch
-    | GetUnitStats
-    | Introduce
+    ReadBlock | Reserve | ReturnSpan | AbortBlocks | Write | Pin | Unpin | StillHeld | Fetch | GetUnitStats | Introduce
 )
 Request: TypeAlias = ControllerRequest | UnitRequest
 Reply: TypeAlias = (

@@ -51,6 +51,13 @@ class Marked:
     """Nothing changed."""
 
 
+@message(109)
+class RowsExpected:
+    """When its first rows came, the partition was expected to get so many."""
+
+    rows: int
+
+
 @message(108)
 class UnitGivenUp:
     """A storage unit was away for too long: what it held is lost, unless it comes back."""

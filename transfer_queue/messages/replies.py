@@ -56,7 +56,7 @@ class Drawn:
 class Status:
     """Status per row, in allocation order. `consumption` is None where no task was asked for.
 
-    `sealed`: no more rows come.
+    `sealed`: no more rows come. `to_come`: so many rows that were expected when the partition began did not come yet.
     """
 
     partition_id: str
@@ -66,6 +66,7 @@ class Status:
     production: Int64s  # [N * F] 0/1, row after row
     consumption: Int64s | None  # [N] 0/1
     sealed: bool = False
+    to_come: int = 0
 
 
 @message(65)

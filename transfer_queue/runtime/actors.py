@@ -46,6 +46,7 @@ class ControllerActor:
     journal_path        folder of the journal; None: in /dev/shm
     encrypt             TCP with CURVE
     defaults            further ones of its clients, see `ZMQServerInfo`
+    metrics_port        serve Prometheus metrics, see `start_metrics`
     starter             the process whose death ends the actor, if it is known and no other than Ray starts it again
     """
 
@@ -64,6 +65,7 @@ class ControllerActor:
         journal_path: str | None = None,
         encrypt: bool = False,
         defaults: Mapping[str, Any] | None = None,
+        metrics_port: int | None = None,
         starter: ProcessId | None = None,
     ) -> None:
         ledger = Ledger(
@@ -90,10 +92,12 @@ class ControllerActor:
             encrypt=encrypt,
             successor=context.was_current_actor_reconstructed,
             defaults={"polling_mode": polling_mode, **(defaults or {})},
+            metrics_port=metrics_port,
         )
         self._conf = conf
         if conf is not None:
             conf.controller.zmq_info = self._server.info
+            conf.metrics.endpoint = self._server.info.metrics_endpoint
 
     def get_zmq_server_info(self) -> ZMQServerInfo:
         return self._server.info
@@ -164,6 +168,13 @@ class ControllerActor:
     def get_partition_snapshot(self, partition_id: str) -> PartitionSnapshot | None:
         """Keys, tags and production status of all rows; None for an unknown partition."""
         return self._server.service.inspect(lambda ledger: _snapshot(ledger, partition_id))
+
+    def start_metrics(self, port: int = 0) -> str:
+        """Serve Prometheus metrics from now on, unless they are; return "host:port". Port 0 takes a free one."""
+        endpoint = self._server.start_metrics(port)
+        if self._conf is not None:
+            self._conf.metrics.endpoint = endpoint
+        return endpoint
 
     def shutdown(self) -> None:
         """Stop serving and remove the files of this process."""

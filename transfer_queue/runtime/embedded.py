@@ -24,7 +24,11 @@ class EmbeddedRuntime:
         self._transport = settings.transport
         ledger = Ledger(sampler=settings.sampler, **settings.ledger)
         self._controller = ControllerServer(
-            ledger, host=settings.host, encrypt=settings.encrypt, defaults=settings.client
+            ledger,
+            host=settings.host,
+            encrypt=settings.encrypt,
+            defaults=settings.client,
+            metrics_port=settings.metrics,
         )
         self._units: list[UnitServer] = []
         self.info = self._controller.info

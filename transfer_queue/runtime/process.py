@@ -18,6 +18,7 @@ import signal
 import sys
 from typing import Any
 
+from transfer_queue import environment
 from transfer_queue.errors import to_wire
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import ProcessId
@@ -43,6 +44,7 @@ def main() -> int:
     os.dup2(_ERRORS, _OUTPUT)  # what user code prints must not fill a pipe that nobody reads
     order = json.loads(_read_line())
     try:
+        environment.set_logging_level()
         server = _start(order)
     except BaseException as error:
         _reply(replies, {"error": to_wire(error)[:2]})

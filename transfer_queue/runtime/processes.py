@@ -81,6 +81,7 @@ class ProcessesRuntime:
                 "host": settings.host,
                 "encrypt": settings.encrypt,
                 "defaults": settings.client,
+                "metrics_port": settings.metrics,
                 "key": self._key_of("controller"),
                 "journal": settings.journal_enabled,
                 "journal_path": settings.journal_path,

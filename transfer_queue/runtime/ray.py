@@ -41,7 +41,7 @@ class RayRuntime:
         self._folders: list[str] = []
         try:
             self.controller = controller if controller is not None else self._start_controller(conf)
-            self.info: ZMQServerInfo = _get(self.controller.get_zmq_server_info.remote, "the controller actor")
+            self.info = info_of(self.controller)
             if controller is None:
                 self._folders.append(self.info.folder)
             self._start_units()
@@ -66,6 +66,7 @@ class RayRuntime:
                 journal_path=settings.journal_path,
                 encrypt=settings.encrypt,
                 defaults=settings.client,
+                metrics_port=settings.metrics,
                 starter=process_id(),
             )
         except ValueError as error:
@@ -137,6 +138,12 @@ def find(namespace: str) -> Any:
 def exists(namespace: str) -> bool:
     """Whether `find` finds something."""
     return find(namespace) is not None
+
+
+def info_of(controller: Any) -> ZMQServerInfo:
+    """What the actor tells clients. Raises `ConnectionLost` or `DeadlineExceeded` if it does not."""
+    info: ZMQServerInfo = _get(controller.get_zmq_server_info.remote, "the controller actor")
+    return info
 
 
 def running(namespace: str, timeout_s: float) -> tuple[Any, ZMQServerInfo] | None:

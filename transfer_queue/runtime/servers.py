@@ -12,15 +12,16 @@ import logging
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import Self
 
 from transfer_queue.controller import ControllerService
-from transfer_queue.errors import ConnectionLost, InvalidArgument, ProtocolMismatch
+from transfer_queue.errors import ConnectionLost, InvalidArgument, ProtocolMismatch, TransferQueueError
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import (
     PROTOCOL_VERSION,
@@ -44,13 +45,17 @@ from transfer_queue.wire.listener import Listener
 from transfer_queue.wire.local import LocalPeer
 from transfer_queue.wire.security import new_token
 from transfer_queue.wire.server import Server
-from transfer_queue.wire.ticket import Ticket
+from transfer_queue.wire.ticket import Handler, Ticket
+
+if TYPE_CHECKING:
+    from transfer_queue.runtime.metering import Metering
 
 log = logging.getLogger(__name__)
 
 _ANNOUNCE_TIMEOUT_S = 30.0
 _SETTLE_TIMEOUT_S = 30.0
 _RECORD = "server.json"
+_METRICS = "metrics.json"
 
 
 class _Endpoint(NamedTuple):
@@ -112,6 +117,7 @@ class ControllerServer:
         journal_path: str | None = None,
         successor: bool = False,
         defaults: Mapping[str, Any] | None = None,
+        metrics_port: int | None = None,
     ) -> None:
         """Start with an empty ledger, or, under the key of one that died, fill it from its journal.
 
@@ -121,13 +127,19 @@ class ControllerServer:
                       any process, but not the machine
         successor     of one that died, whose folder must be here
         defaults      of its clients, see `ZMQServerInfo`
+        metrics_port  serve metrics, see `start_metrics`; None: not before that is called
 
-        Raises `ConnectionLost` if a controller is to start again that kept no journal, or kept it elsewhere.
+        Raises `ConnectionLost` if a controller is to start again that kept no journal, or kept it elsewhere; and as
+        `start_metrics`.
         """
+        self._started = time.monotonic()
+        self._metering: Metering | None = None
         self.service = ControllerService(ledger)
+        self._handler: Handler = self.service
         self._defaults = defaults
         self.folder = ServerFolder("controller", key=key, supervisor=supervisor)
         self._server: Server | None = None
+        self._journal: Path | None = None
         self._on_disk: Path | None = None
         try:
             if successor and not self.folder.adopted:
@@ -142,13 +154,15 @@ class ControllerServer:
                     "start a new session, with journal.enabled if it has to survive its controller"
                 )
             if journal_path is not None and journal:
-                self._on_disk = Path(journal_path) / "controller"
+                self._journal = self._on_disk = Path(journal_path) / "controller"
                 with contextlib.suppress(OSError):  # the journal says why there can be no folder
                     self._on_disk.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self.service.keep_in(self._on_disk, sync=True)
             elif journal:
-                self.service.keep_in(self.folder.path / "journal")
+                self._journal = self.folder.path / "journal"
+                self.service.keep_in(self._journal)
             self._start(host, endpoint)
+            self._go_on_with_metrics(metrics_port)
         except BaseException:
             self._give_up()
             raise
@@ -191,7 +205,35 @@ class ControllerServer:
     def connect(self, client_id: str) -> LocalPeer:
         """A connection for this process: requests run in the caller's thread."""
         assert self._server is not None
-        return LocalPeer(self.service, client_id, on_wait=self._server.wake)
+        return LocalPeer(self._handler, client_id, on_wait=self._server.wake)
+
+    def start_metrics(self, port: int = 0) -> str:
+        """Serve Prometheus metrics from now on, also after a restart; return "host:port". Twice: nothing to do.
+
+        `port` 0 takes a free one. Raises `ConnectionLost` if it is taken, `InvalidArgument` if a package is missing.
+        """
+        if self._metering is None:
+            from transfer_queue.runtime.metering import Metering
+
+            assert self._server is not None
+            place = (self.info.ip, port, self.info.token)
+            self._metering = Metering(self.service, self._server, *place, started=self._started, journal=self._journal)
+            self._handler = self._metering.meter
+            self.info.ports["metrics"] = self._metering.port
+            self.folder.write_record(_METRICS, {"port": self._metering.port})
+        return self.info.to_addr("metrics").removeprefix("tcp://")
+
+    def _go_on_with_metrics(self, port: int | None) -> None:
+        """Serve metrics if that was asked for, or if the one did whose place this one takes: where it did."""
+        known = self.folder.read_record(_METRICS)
+        if known is None:
+            if port is not None:
+                self.start_metrics(port)
+            return
+        try:
+            self.start_metrics(known["port"])
+        except TransferQueueError as error:  # no reason not to serve the queue
+            log.error("metrics are not served any more: %s", error)
 
     def leave(self) -> None:
         """Stop listening; the state stays for the process that takes the place of this one."""
@@ -214,6 +256,8 @@ class ControllerServer:
             self.folder.close()
 
     def _stop(self) -> None:
+        if self._metering is not None:
+            self._metering.close()
         if self._server is not None:
             self._server.close()
         self.service.close()

@@ -17,12 +17,15 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer_queue import environment
+
 Bytes: TypeAlias = NDArray[np.uint8]
 
 SHARE_BYTES = 4 << 20  # at least, for each thread
 MAX_THREADS = 4
 
 _PART_BYTES = 4096
+_THREAD_NAME = "tq-share"
 
 
 class Work(Protocol):
@@ -64,10 +67,10 @@ _Share: TypeAlias = list[tuple[Work, int, int]]
 def run_all(works: Sequence[Work], threads: int | None = None) -> None:
     """Do all of them, here and in at most `threads` - 1 threads beside (None: as many as pay).
 
-    None of them is still under way when this returns or raises.
+    TQ_NUM_THREADS bounds how many such threads this process has at once, those that call this among them. None of them is still under way when this returns or raises.
     """
     total = sum(work.size_bytes for work in works)
-    count = min(_cores(), MAX_THREADS, total // SHARE_BYTES) if threads is None else threads
+    count = _worth(total) if threads is None else threads
     first, *others = _shares(works, total, max(count, 1))
     helpers = [_Helper(share) for share in others]
     try:
@@ -81,6 +84,15 @@ def run_all(works: Sequence[Work], threads: int | None = None) -> None:
     for helper in helpers:
         if helper.error is not None:
             raise helper.error
+
+
+def _worth(size_bytes: int) -> int:
+    """How many threads pay for so many bytes, within what this process may have."""
+    count = min(_cores(), MAX_THREADS, size_bytes // SHARE_BYTES)
+    most = environment.whole_number("TQ_NUM_THREADS", at_least=1) if count > 1 else None
+    if most is None:
+        return count
+    return min(count, most - sum(thread.name == _THREAD_NAME for thread in threading.enumerate()))
 
 
 def _shares(works: Sequence[Work], total: int, count: int) -> list[_Share]:
@@ -112,7 +124,7 @@ class _Helper:
     def __init__(self, share: _Share) -> None:
         self.error: BaseException | None = None
         self._share = share
-        self._thread = threading.Thread(target=self._run, name="tq-share", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=_THREAD_NAME, daemon=True)
         try:
             self._thread.start()
         except RuntimeError:  # no more threads: too many, or the interpreter is ending

@@ -322,7 +322,7 @@ class UnitService:
 
     def _asked(self, request: Reserve | Pin, ticket: Ticket) -> Asked:
         """Return who asked. A request that comes again did not get what it was granted before: that ends."""
-        if len(request.holder.host.encode()) > _HOST_BYTES:
+        if len(request.holder.host.encode("utf-8", "surrogatepass")) > _HOST_BYTES:
             raise InvalidArgument(f"the host of a holder has more than {_HOST_BYTES} bytes: {request.holder.host}")
         asked = ticket.client_id, ticket.request_id
         self._space.take_back(asked)

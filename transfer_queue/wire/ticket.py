@@ -66,6 +66,7 @@ class Ticket:
         deliver = self._deliver
 
         def deliver_both(ticket: Ticket, answer: Answer) -> None:
+            self._deliver = deliver  # a ticket may be kept for long after its answer
             seen(answer)
             deliver(ticket, answer)
 

@@ -277,3 +277,16 @@ def test_sizes_of_the_ring_are_checked_when_the_ledger_is_made(options: dict[str
     """Zero, negative and truth values are no sizes."""
     with pytest.raises(InvalidArgument, match=f"{next(iter(options))} must be a whole number of at least 1"):
         Ledger(**options)
+
+
+def test_rows_that_a_partition_is_expected_to_get_come_and_are_not_asked_for_again() -> None:
+    queue = Driver()
+    queue.ledger.serving.expected_rows = lambda: 5
+    queue.put(2)
+    queue.ledger.serving.expected_rows = lambda: 0
+    assert queue.status().to_come == 3
+    queue.restart()
+    done = queue.put(4)
+    assert queue.status().to_come == 0
+    queue.clear(done)
+    assert queue.status().to_come == 0
