@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transfer_queue import aliases
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 if TYPE_CHECKING:
     from transfer_queue.client.client import TransferQueueClient

@@ -13,20 +13,22 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from transfer_queue.errors import ConnectionLost, InvalidArgument
 
 log = logging.getLogger("transfer_queue")
 
+T = TypeVar("T")
+
 PATH = "/metrics"
 BUCKETS_S = (1e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0)
 WAIT_BUCKETS_S = (1e-3, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-_GIVE_WAY_EVERY = 128  # samples, which take less than a millisecond
+_GIVE_WAY_EVERY = 128  # samples or the like, which take less than a millisecond
 _GIVE_WAY_S = 2e-5
 _MOST_CONNECTIONS = 16
 _PATIENCE_S = 10.0  # with whoever asks and does not read
@@ -122,6 +124,14 @@ FAMILIES: dict[str, Family] = {
 def give_way() -> None:
     """Let other threads run: one that computes on makes each of them wait for milliseconds."""
     time.sleep(_GIVE_WAY_S)
+
+
+def with_breaks(items: Iterable[T]) -> Iterator[T]:
+    """The same items, giving way every now and then: for loops that compute some microseconds for each."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % _GIVE_WAY_EVERY == 0:
+            give_way()
 
 
 class Durations:
@@ -264,14 +274,14 @@ class Endpoint(ThreadingMixIn, TCPServer):
                 pass
 
     def _listen(self, host: str, ports: Iterable[int]) -> None:
-        refused: OSError | None = None
+        refused, tried = OSError("no port to try"), host
         for port in ports:
             try:
                 TCPServer.__init__(self, (host, port), _Handler)
                 return
             except (OSError, OverflowError) as error:
-                refused = error if isinstance(error, OSError) else OSError(str(error))
-        raise ConnectionLost(f"cannot serve metrics at {host}: {refused}; choose another metrics.port") from refused
+                refused, tried = OSError(str(error)), f"{host}:{port}"
+        raise ConnectionLost(f"cannot serve metrics at {tried}: {refused}; choose another metrics.port") from refused
 
     def _serve(self) -> None:
         while not self._closing:

@@ -1,1 +1,1 @@
-"""PPO with one controller, in the shape of verl, with every row going through the queue: `python -m recipe.verl_style`."""
+"""PPO with one controller, in the shape of verl, every row going through the queue: `python -m recipe.verl_style`."""

@@ -36,10 +36,7 @@ class BatchWorker:
     ) -> KVBatchMeta:
         """Add fields and tag entries to the rows; returns their metadata, with the batch's and the result's info."""
         rows, meta_info = from_data_proto(result)
-        if rows.batch_size[0] or tags:
-            written = self.client.kv_batch_put(batch.keys, batch.partition_id, rows, tags)
-        else:
-            written = batch.select_keys(batch.keys)
+        written = self.client.kv_batch_put(batch.keys, batch.partition_id, rows, tags)
         written.extra_info = {**batch.extra_info, **meta_info}
         return written
 

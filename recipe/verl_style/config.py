@@ -59,7 +59,7 @@ class Settings:
         return self._endless_wait()
 
     def _endless_wait(self) -> str | None:
-        """A worker starts only if all of them may (see `rollout`): the last samples of a step might never be started."""
+        """A worker starts only if all of them may, see `rollout`: the last samples of a step might never be started."""
         spare = self.max_staleness * self.prompts
         if self.mode == "async" and spare < (self.rollout_workers - 1) * self.prompts_at_once:
             return f"--max-staleness {self.max_staleness} leaves no room for {self.rollout_workers} rollout workers"

@@ -49,8 +49,8 @@ class ReplayBuffer:
     def _follow(self, delta: KVDelta) -> None:
         self._cursor = delta.cursor
         changed = delta.changed.get(self._partition, {})
-        gone = self._waiting.keys() - changed.keys() if delta.full else delta.removed.get(self._partition, ())
-        for key in list(gone):
+        known = self._waiting.keys() | self._handed_out
+        for key in known - changed.keys() if delta.full else delta.removed.get(self._partition, ()):
             self._waiting.pop(key, None)
             self._handed_out.discard(key)
         for key, tag in changed.items():

@@ -43,7 +43,7 @@ class WeightsFeed:
         return self._follow(self._client.kv_list(PARTITION, since=self._cursor))
 
     def next(self) -> Weights | None:
-        """Wait for it; None: no version will follow. Raises `GetMetaTimeout` after the feed's timeout."""
+        """The same, but wait for it, or for the end; `GetMetaTimeout` after the feed's timeout."""
         return self._follow(self._client.kv_wait(PARTITION, since=self._cursor, timeout=self._timeout_s))
 
     def _follow(self, delta: KVDelta) -> Weights | None:

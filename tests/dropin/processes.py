@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -61,12 +62,12 @@ def _work(pipe: Connection, target: Callable[..., Any], arguments: tuple[Any, ..
         answer = True, target(*arguments)
     except BaseException:
         answer = False, traceback.format_exc()
-    pipe.send(answer)
+    pipe.send_bytes(pickle.dumps(answer))  # plainly: tensors would be shared, and their owner ends here
     pipe.close()
 
 
 def _result(pipe: Connection) -> Any:
     assert pipe.poll(TIMEOUT_S), "a process did not answer in time"
-    done, answer = pipe.recv()
+    done, answer = pickle.loads(pipe.recv_bytes())
     assert done, f"in another process:\n{answer}"
     return answer

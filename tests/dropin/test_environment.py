@@ -99,9 +99,7 @@ def test_48_logging_level(logger: logging.Logger, monkeypatch: Env, given: str, 
     assert get_logger(f"transfer_queue.own_{given}").level == level
 
 
-def test_48_how_long_an_unserved_draw_waits(
-    client: TransferQueueClient, partition: str, monkeypatch: Env
-) -> None:
+def test_48_how_long_an_unserved_draw_waits(client: TransferQueueClient, partition: str, monkeypatch: Env) -> None:
     monkeypatch.setenv("TQ_CONTROLLER_GET_METADATA_TIMEOUT", "0.05")
     begin = time.monotonic()
     with pytest.raises(GetMetaTimeout):

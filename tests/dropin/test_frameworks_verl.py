@@ -123,7 +123,9 @@ def _training_rank(conf: Any, meta: BatchMeta, writes: bool) -> tuple[BatchMeta,
     assert meta.extra_info["temperature"] == 1.0
     output = BatchMeta()
     if writes:
-        log_probs = torch.nested.as_nested_tensor([-row.float() for row in data["responses"].unbind()], layout=torch.jagged)
+        log_probs = torch.nested.as_nested_tensor(
+            [-row.float() for row in data["responses"].unbind()], layout=torch.jagged
+        )
         output = loop.run(client.async_put(data=TensorDict({"old_log_probs": log_probs}, len(lengths)), metadata=meta))
         assert output is meta
     loop.close()

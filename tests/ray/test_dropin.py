@@ -63,6 +63,7 @@ def test_08_after_an_outside_kill_the_next_init_starts_afresh(cluster: Any) -> N
     assert tq.get_client().get_partition_list() == []
 
 
+@pytest.mark.filterwarnings("ignore:placement_group.* parameter is deprecated")
 def test_45_actors_made_by_hand(cluster: Any) -> None:
     """As verl of January 2026 does: units know no controller until a client introduces them."""
     group = tq.get_placement_group(2, num_cpus_per_actor=1)

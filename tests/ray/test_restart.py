@@ -15,9 +15,10 @@ import torch
 import transfer_queue as tq
 from tests.integration.starting import wait_until
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded
+from transfer_queue.messages import ProcessId
 from transfer_queue.runtime.ray import running
-from transfer_queue.wire.folder import remove_abandoned
-from transfer_queue.wire.holders import identify
+from transfer_queue.wire.folder import ServerFolder, remove_abandoned
+from transfer_queue.wire.holders import host_id, identify, process_id
 
 
 @pytest.fixture
@@ -170,3 +171,15 @@ def test_attaching_to_a_controller_that_does_not_answer_is_bounded(session: Any)
     finally:
         os.kill(owner_of(info), signal.SIGCONT)
     tq.close()
+
+
+def test_what_other_runtimes_left_does_not_keep_actors_from_starting(session: Any) -> None:
+    """A server of child processes was just killed, and its supervisor is going to start it again."""
+    dead = ProcessId(host=host_id(), pid=1, start_time=-1.0)
+    left = ServerFolder("unit", key="abc/unit-0", owner=dead, supervisor=process_id())
+    left.leave()
+    try:
+        tq.init({"runtime": "ray"})
+        assert left.path.exists()
+    finally:
+        left.close()

@@ -7,14 +7,17 @@ and the rewards. This module imports verl; Ray's workers import it too.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
+from verl import DataProto
 from verl.experimental.reward_loop import RewardLoopManager
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
@@ -33,20 +36,20 @@ class LanguageModel:
     """Answers `a + b = ?` with as many tokens as the last digit of `a` says, and one more.
 
     While the file `folder/hold` exists, prompts whose `a` is at least the number in it are not answered; while
-    `folder/fail` exists, those whose `a` is the number in it end with an error, in every second session.
+    `folder/fail` exists, every second request with the `a` in it ends with an error, the first one included.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.asked = 0
+        self.asked: Counter[int] = Counter()
 
     async def generate(self, *, prompt_ids: list[int], **_: Any) -> TokenOutput:
         first = prompt_ids[2] - 3  # the words before it are the role and a colon
-        self.asked += 1
-        await asyncio.sleep(0.01 * (self.asked % 3))
+        self.asked[first] += 1
+        failing = first == self._number("fail") and self.asked[first] % 2 == 1
         while first >= self._number("hold"):
             await asyncio.sleep(0.05)
-        if first == self._number("fail") and self.asked % 2:
+        if failing:
             raise RuntimeError(f"no answer for {first}")
         length = first % 10 + 1
         return TokenOutput(
@@ -129,6 +132,25 @@ def worker_group(ranks: int, *args: Any) -> RayWorkerGroup:
     )
 
 
+class RewardModel:
+    """The manager of a reward model on the GPUs of the actor, which the trainer asks once it has sampled."""
+
+    reward_loop_worker_handles = None
+    reward_loop_workers = ()
+
+    def compute_rm_score(self, data: DataProto) -> DataProto:
+        """Score the number of tokens of the response, at its last token."""
+        lengths = data.batch["attention_mask"][:, data.batch["prompts"].shape[1] :].sum(dim=1)
+        scores = torch.zeros(data.batch["responses"].shape)
+        scores[torch.arange(len(lengths)), lengths - 1] = lengths.float()
+        questions = [messages[-1]["content"] for messages in data.non_tensor_batch["raw_prompt"]]
+        return DataProto(
+            batch=TensorDict({"rm_scores": scores}, batch_size=len(lengths)),
+            non_tensor_batch={"question": np.array(questions, dtype=object)},
+            meta_info={"reward_extra_keys": ["question"]},
+        )
+
+
 class Servers:
     """The manager of the model's servers, and that of their weights."""
 
@@ -145,13 +167,17 @@ class Servers:
 
 
 class Standing(PPOTrainer):
-    """A trainer whose set-up makes the stand-ins; beside that it only writes down what it saw."""
+    """A trainer whose set-up makes the stand-ins; beside that it only writes down what it saw.
+
+    drawn: per step, the numbers in the data set of the prompts, one for each trajectory. metrics: per step. reissued:
+    the number of prompts started again after a checkpoint was loaded. validated: the metrics of the last validation.
+    """
 
     def _setup(self) -> None:
-        folder = Path(self.config.trainer.default_local_dir).parent
-        self.drawn: list[list[int]] = []  # per step, the numbers of the prompts of the trajectories
-        self.seen: list[dict[str, Any]] = []
+        self.drawn: list[list[int]] = []
+        self.metrics: list[dict[str, Any]] = []
         self.reissued = 0
+        self.validated: dict[str, Any] = {}
         self._init_tokenizer()
         self._init_dataloader()
         self._init_dump_executor()
@@ -159,30 +185,41 @@ class Standing(PPOTrainer):
         self.ref_in_actor = False
         self.actor_rollout_wg = self.ref_policy_wg = self.critic_wg = worker_group(RANKS)
         self.resource_pool_manager = SimpleNamespace(get_n_gpus=lambda: RANKS)
-        self.reward_loop_manager = RewardLoopManager(config=self.config, rm_resource_pool=None)
-        self.llm_server_manager = self.checkpoint_manager = Servers(folder)
+        if self.trainer_mode == "sync":
+            self.reward_loop_manager = RewardModel()
+        else:
+            self.reward_loop_manager = RewardLoopManager(config=self.config, rm_resource_pool=None)
+        self.llm_server_manager = self.checkpoint_manager = Servers(Path(self.config.trainer.default_local_dir).parent)
         self._load_checkpoint()
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> tq.KVBatchMeta:
         batch = super().step(metrics, timing_raw)
-        real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding")]
-        rows = tq.kv_batch_get(keys=real, partition_id=batch.partition_id, select_fields=["index"])
-        self.drawn.append(rows["index"].tolist())
-        self.seen.append(metrics)  # filled further by the caller
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding")]
+        self.drawn.append(numbers(keys))
+        self.metrics.append(metrics)  # the caller adds more
         return batch
 
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         self.reissued = super()._reissue_inflight_prompts(partition_id)
         return self.reissued
 
+    def _validate(self) -> dict[str, Any]:
+        self.validated = super()._validate()
+        return self.validated
+
     def end(self, agents: Any) -> None:
-        """End the processes that the trainer started."""
-        for actor in (*agents.agent_loop_workers, *self.actor_rollout_wg.workers):
-            ray.kill(actor)
-        for actor in self.reward_loop_manager.reward_loop_workers or ():
+        """End the processes that were started for this trainer."""
+        workers = self.actor_rollout_wg.workers
+        for actor in (*agents.agent_loop_workers, *workers, *self.reward_loop_manager.reward_loop_workers):
             ray.kill(actor)
         for group in self.actor_rollout_wg.resource_pool.pgs:
             ray.util.remove_placement_group(group)
+
+
+def numbers(keys: list[str]) -> list[int]:
+    """The numbers in the data set of the prompts with these keys, or to which the trajectories belong; ascending."""
+    rows = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["index"])
+    return sorted(rows.pop("index").tolist())
 
 
 class SyncTrainer(Standing, PPOTrainerSync): ...

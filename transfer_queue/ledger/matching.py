@@ -35,7 +35,9 @@ class Wish:
     def of(cls, request: WaitKeys, since: int | None) -> Wish:
         wrong = [name for name, values in request.where.items() if not isinstance(values, list | tuple)]
         if wrong:
-            raise WrongType(f"where[{wrong[0]!r}] must be the list of values to look for, not {request.where[wrong[0]]!r}")
+            raise WrongType(
+                f"where[{wrong[0]!r}] must be the list of values to look for, not {request.where[wrong[0]]!r}"
+            )
         where = tuple((name, tuple(values)) for name, values in request.where.items())
         plain = all(type(value) in _PLAIN for _, values in where for value in values)
         return cls(tuple(sorted(set(request.fields))), where, since, plain)

@@ -94,7 +94,7 @@ class ReadBlock:
 
 @message(47)
 class GetUnitStats:
-    """Reply: `Report`: bytes live, pinned, free, reserved; blocks; spans; arenas."""
+    """Reply: `Report`: bytes live, pinned, free, reserved; blocks; spans; arenas; resident memory."""
 
 
 @message(56)

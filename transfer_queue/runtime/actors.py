@@ -28,6 +28,8 @@ from transfer_queue.wire.holders import host_id, identify
 if TYPE_CHECKING:
     import torch
 
+_KEY = "ray/"  # with the id of an actor: the key of its folder
+
 
 class ControllerActor:
     """The controller of a queue. Clients need what `get_zmq_server_info` returns and nothing else.
@@ -85,7 +87,7 @@ class ControllerActor:
             ledger,
             host=_node_ip(),
             session_id=actor_id,
-            key=actor_id,
+            key=_KEY + actor_id,
             supervisor=_supervisor(starter),
             journal=journal,
             journal_path=journal_path,
@@ -222,7 +224,7 @@ class StorageUnitActor:
             self._server = UnitServer(
                 controller,
                 unit_id=unit_id or actor_id,
-                key=actor_id,
+                key=_KEY + actor_id,
                 supervisor=supervisor,
                 host=host,
                 capacity_bytes=capacity_bytes,
@@ -235,7 +237,9 @@ class StorageUnitActor:
         if controller_info is not None:
             start(controller_info)
         else:
-            self._lobby = UnitLobby(start, unit_id=unit_id or actor_id, host=host, key=actor_id, supervisor=supervisor)
+            self._lobby = UnitLobby(
+                start, unit_id=unit_id or actor_id, host=host, key=_KEY + actor_id, supervisor=supervisor
+            )
 
     def get_info(self) -> UnitInfo:
         """How clients of the session reach it. Raises `NotInitialized` if it waits for its controller."""
@@ -327,8 +331,8 @@ def _remove_finished() -> None:
         from ray._private.state import actors
     except ImportError:
         return
-    for actor_id, path in waiting.items():
-        known = actors(actor_id)
+    for key, path in waiting.items():
+        known = actors(key.removeprefix(_KEY)) if key.startswith(_KEY) else None
         if known and known["State"] == "DEAD":
             remove_left(path, 0.0)
 

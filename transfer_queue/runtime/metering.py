@@ -31,7 +31,7 @@ from transfer_queue.ledger.figures import (
     Totals,
 )
 from transfer_queue.messages import ONE_WAY, Draw, Drawn, ErrorReply, Int64s, Put, PutDone, Reply, Request, UnitInfo
-from transfer_queue.metrics import BUCKETS_S, WAIT_BUCKETS_S, Durations, Endpoint, Page, give_way, process_figures
+from transfer_queue.metrics import BUCKETS_S, WAIT_BUCKETS_S, Durations, Endpoint, Page, give_way, process_figures, with_breaks
 from transfer_queue.runtime.unit_reports import UnitReport, UnitReports, ask_units
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.ports import random_ports
@@ -239,8 +239,8 @@ class Metering:
         page.add("tq_controller_waiting_requests", totals.waiting)
         page.add("tq_policy_version", totals.policy_version)
         page.add("tq_stale_samples_total", totals.stale - self._before.stale)
-        page.add("tq_leases_open", totals.open_leases)
-        page.add("tq_leased_samples", totals.leased)
+        page.add("tq_leases_open", len(totals.leases))
+        page.add("tq_leased_samples", sum(lease.held for lease in with_breaks(totals.leases)))
         outcomes = Counter(dict.fromkeys(_OUTCOMES.values(), 0))
         for how, count in (totals.ended - self._before.ended).items():
             outcomes[_OUTCOMES.get(how, how)] += count

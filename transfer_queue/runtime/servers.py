@@ -161,13 +161,12 @@ class ControllerServer:
             elif journal:
                 self._journal = self.folder.path / "journal"
                 self.service.keep_in(self._journal)
-            self._start(host, endpoint)
-            self._go_on_with_metrics(metrics_port)
+            self._start(host, endpoint, metrics_port)
         except BaseException:
             self._give_up()
             raise
 
-    def _start(self, host: str, endpoint: _Endpoint) -> None:
+    def _start(self, host: str, endpoint: _Endpoint, metrics_port: int | None) -> None:
         self._server = server = Server(
             self.service,
             endpoint.token,
@@ -194,6 +193,7 @@ class ControllerServer:
         )
         if not endpoint.port:
             endpoint.remember(self.folder, server)
+        self._go_on_with_metrics(metrics_port)
         server.start()
 
     def __enter__(self) -> Self:
