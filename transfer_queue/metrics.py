@@ -11,6 +11,7 @@ import bisect
 import functools
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -300,7 +301,7 @@ class Endpoint(ThreadingMixIn, TCPServer):
             self._open.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not self._closing:
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):  # those are of the one who asked
             log.warning("a scrape of the metrics failed", exc_info=True)
 
 

@@ -17,14 +17,14 @@ SMOKE_STEPS = 4
 class Settings:
     mode: str = "sync"
     runtime: str = "ray"
-    steps: int = 50
+    steps: int = 60
     prompts: int = 16  # per step
     group_size: int = 8  # answers to each prompt
     mini_batches: int = 2  # optimiser steps per step
     rollout_workers: int = 1
     max_staleness: int = 1  # versions that the policy of an answer may lag behind when it is trained on; async only
     seed: int = 0
-    lr: float = 2e-3
+    lr: float = 3e-3
     kl: float = 0.01
     temperature: float = 1.0
     timeout_s: float = 60.0  # the longest wait for samples, or for weights

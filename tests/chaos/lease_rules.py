@@ -12,6 +12,7 @@ from tests.chaos.roles import MOST_ROWS, PARTITIONS, TASKS
 from tests.chaos.sidelog import OK, Life, Told
 
 _LATE_S = 0.5  # between the moment when a draw is granted and that when its answer is written down
+_RESTARTS = ("kill controller", "kill controller at a step", "SIGTERM controller", "janitor beside a dead controller")
 _UNKNOWN = (None, "ConnectionLost")  # the call may have taken effect
 
 
@@ -112,10 +113,17 @@ def _end(record: Record, life: Life, call: Told, draw: Told | None, gone: Told |
         held_s = (call.last.ended or 0.0) - draw.began
         if held_s < lease_s:
             yield f"a lease ended {held_s:.2f} s after it was asked for: {call} drawn by {draw}"
-    late_s = call.began - (draw.last.ended or call.began) - lease_s
+    late_s = call.began - _counted_from(record, draw, call) - lease_s
     if call.last.outcome == OK and late_s > _LATE_S and call.get("count", 1):
         # With a count of 0 nothing was done: all of it had been acknowledged before.
         yield f"a lease was good {late_s:.2f} s after its time: {call} drawn by {draw}"
+
+
+def _counted_from(record: Record, draw: Told, call: Told) -> float:
+    """When the lease began at the latest: a controller that is started again lets all leases last anew from then on."""
+    drawn = draw.last.ended or call.began
+    restarts = (one.ended for one in record.disturbances if one.fault in _RESTARTS and drawn <= one.ended <= call.began)
+    return max(restarts, default=drawn)
 
 
 def _of_task(record: Record, task: str, *ops: str) -> Iterator[Told]:

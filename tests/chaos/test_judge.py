@@ -133,6 +133,11 @@ def let_a_lease_live_on(record: Record) -> None:
     looker(record)[2].ended = looker(record)[2].began + 0.1
 
 
+def restart_before_the_lease(record: Record) -> None:
+    let_a_lease_live_on(record)
+    record.disturbances.append(Disturbance("kill controller", 1.0, 1.5))
+
+
 def clear_under_a_lease(record: Record) -> None:
     looker(record)[1].outcome = "StaleSampleError"
 
@@ -237,6 +242,7 @@ def crash(record: Record) -> None:
         (grant_less_than_was_delivered, "2 samples were delivered under leases, and only 1 granted"),
         (end_a_lease_early, "a lease ended 1.10 s after it was asked for"),
         (let_a_lease_live_on, "a lease was good 1.90 s after its time"),
+        (restart_before_the_lease, "a lease was good 1.90 s after its time"),
         (clear_under_a_lease, "rows were gone under a lease that was good"),
         (read_other_bytes, "looker-0-0 read other bytes than were put"),
         (forget_to_acknowledge, "nobody acknowledged sample 1 for task look"),
@@ -300,6 +306,12 @@ def excused_by_death(record: Record) -> None:
     record.killed.add("looker-0-0")
 
 
+def excused_by_a_restart(record: Record) -> None:
+    """Leases last anew from the moment at which the controller is there again."""
+    let_a_lease_live_on(record)
+    record.disturbances.append(Disturbance("kill controller", 2.0, 4.5))
+
+
 def excused_by_waiting(record: Record) -> None:
     looker(record).append(told("looker-0-0", "draw", 4.0, "GetMetaTimeout", 1.0, task="look", partition="a"))
 
@@ -312,6 +324,7 @@ def excused_by_waiting(record: Record) -> None:
         excused_by_being_stopped,
         excused_by_expiry,
         excused_by_death,
+        excused_by_a_restart,
         excused_by_waiting,
     ],
 )

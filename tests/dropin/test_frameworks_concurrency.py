@@ -26,7 +26,7 @@ CALLS, THREADS = 200, 16
 SPARE = 40  # descriptors and threads beside those of an idle process: connections that are kept for the next calls
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def conf() -> Iterator[Any]:
     tq.close()
     yield tq.init(CONF)

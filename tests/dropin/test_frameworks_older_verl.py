@@ -31,7 +31,7 @@ CONF = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def live() -> Iterator[Any]:
     tq.close()
     yield tq.init(CONF)

@@ -51,7 +51,10 @@ def get_production_status(
     *,
     timeout: float | None = None,
 ) -> Operation[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Indexes [N] int64, ascending, and int8 [N, F] 0/1; (None, None) for an unknown partition or field."""
+    """Indexes [N] int64, ascending, and int8 [N, F] 0/1, fields in the order in which the partition first got them.
+
+    (None, None) for an unknown partition or field.
+    """
     names = None if data_fields is None else names_of("data_fields", data_fields)
     status = yield from _status(core, partition_id, None, names, timeout)
     if not status.exists:

@@ -59,12 +59,14 @@ class Reports:
         return {name: column.number for name, column in self._rows.table.columns.items()}
 
     def status(self, request: GetStatus) -> Status:
-        """Production and consumption of the rows of one partition, in allocation order."""
+        """Production and consumption of the rows of one partition, in allocation order; fields as they first came."""
         name = self._rows.name(request.partition_id, request.global_step)
         partition = self._rows.partitions.get(name)
         table = self._rows.table
         rows = np.empty(0, dtype=np.int64) if partition is None else partition.rows()
-        fields = request.fields if request.fields is not None else tuple(partition.fields) if partition else ()
+        known = {} if partition is None else {field: number for number, field in enumerate(partition.fields)}
+        asked = known if request.fields is None else request.fields
+        fields = tuple(sorted(asked, key=lambda field: known.get(field, len(known))))
         production = [table.produced(rows, (field,)).astype(np.int64) for field in fields]
         consumption = None
         if request.task_name is not None:

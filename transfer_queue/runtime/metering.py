@@ -31,7 +31,16 @@ from transfer_queue.ledger.figures import (
     Totals,
 )
 from transfer_queue.messages import ONE_WAY, Draw, Drawn, ErrorReply, Int64s, Put, PutDone, Reply, Request, UnitInfo
-from transfer_queue.metrics import BUCKETS_S, WAIT_BUCKETS_S, Durations, Endpoint, Page, give_way, process_figures, with_breaks
+from transfer_queue.metrics import (
+    BUCKETS_S,
+    WAIT_BUCKETS_S,
+    Durations,
+    Endpoint,
+    Page,
+    give_way,
+    process_figures,
+    with_breaks,
+)
 from transfer_queue.runtime.unit_reports import UnitReport, UnitReports, ask_units
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.ports import random_ports
