@@ -180,6 +180,15 @@ def found_client() -> TransferQueueClient:
     return get_client()
 
 
+def _after_fork() -> None:
+    """A thread that is not in the child may have held the lock."""
+    global _lock  # noqa: PLW0603  as above
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _current() -> Session | None:
     return _session if _session is not None and _session.pid == os.getpid() else None
 

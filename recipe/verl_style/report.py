@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
+from recipe.sparkline import sparkline
 from recipe.verl_style.config import NUM_ACTORS, Settings
 from recipe.verl_style.rollout import RolloutReport
 
 LINES = 8  # of progress
-CURVE_WIDTH = 50
-BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,6 @@ class RunLog:
         return sum((metrics.staleness for metrics in self.steps), Counter())
 
 
-def curve(values: Sequence[float]) -> str:
-    """Return one character per value in [0, 1], or per mean of neighbouring ones if there are many."""
-    width = min(len(values), CURVE_WIDTH)
-    edges = [position * len(values) // width for position in range(width + 1)]
-    means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(edges)]
-    return "".join(BARS[min(int(mean * len(BARS)), len(BARS) - 1)] for mean in means)
-
-
 def show_start(settings: Settings, start_up_s: float) -> None:
     counts = f"{settings.rollout_workers} rollout, 1 reward and {NUM_ACTORS} actor workers"
     print(f"{settings.mode} on {settings.runtime}: {counts} ready after {start_up_s:.1f} s", flush=True)
@@ -81,7 +71,7 @@ def show(settings: Settings, log: RunLog, accounts: Mapping[str, Any], training_
     """Print what happened, a line per question."""
     bound = settings.max_staleness if settings.mode == "async" else 0
     lags = "  ".join(f"{rows:,} samples by {lag}" for lag, rows in sorted(log.staleness.items()))
-    print(f"reward     {curve(log.rewards)}  {log.rewards[0]:.2f} → {log.rewards[-1]:.2f}")
+    print(f"reward     {sparkline(log.rewards)}  {log.rewards[0]:.2f} → {log.rewards[-1]:.2f}")
     print(f"staleness  {lags}  (bound: {bound})")
     print(f"driver     {training_s:.1f} s: {_shares(log.seconds, training_s)}")
     if log.rollout is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transfer_queue.utils.logging_utils import get_logger
 
 import transfer_queue as tq
 from tests.dropin.columns import batch
@@ -17,7 +18,6 @@ from transfer_queue import TransferQueueClient
 from transfer_queue.dataloader import default_fetch_batch_fn
 from transfer_queue.errors import CapacityExceeded, GetMetaTimeout
 from transfer_queue.storage import shares
-from transfer_queue.utils.logging_utils import get_logger
 
 EMBEDDED = {"runtime": "embedded", "backend": {"SimpleStorage": {"capacity_bytes": 1 << 22, "arena_bytes": 1 << 20}}}
 IGNORED = """

@@ -1,7 +1,7 @@
 """NeMo-RL: one adapter over the queue; the driver owns it, workers attach, draws are polled for.
 
-The tests imitate its calls (names of arguments, processes, data); they do not run it. `.options` of the actor classes
-are patched there before the start; that they are used is tested with Ray.
+The tests imitate its calls (names of arguments, processes, data); they do not run it. Under Ray it
+patches `.options` of both actor classes before the start.
 """
 
 from __future__ import annotations
@@ -198,3 +198,45 @@ def _reads_partitions_and_closes(conf: Any) -> list[str]:
     found = tq.get_client().get_partition_list()
     tq.close()
     return found
+
+
+def test_patched_actors_in_ray(ray_session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of both classes are wrapped first; the driver owns the queue, an actor attaches by its name alone."""
+    from transfer_queue.storage.simple_storage import SimpleStorageUnit
+
+    from transfer_queue.controller import TransferQueueController
+
+    tq.close()
+    seen: list[Any] = []
+    for actor in (TransferQueueController, SimpleStorageUnit):
+
+        def patched(*args: Any, _original: Any = actor.options, _of: Any = actor, **options: Any) -> Any:
+            seen.append(_of)
+            return _original(*args, **{**options, "max_concurrency": options.get("max_concurrency", 8)})
+
+        monkeypatch.setattr(actor, "options", patched)
+
+    @ray_session.remote(num_cpus=0)
+    class Worker:
+        def step(self) -> tuple[list[str], list[float]]:
+            conf = tq.init()
+            assert conf.controller.polling_mode is True
+            meta = tq.get_client().get_meta(["x"], 2, STEP, mode="fetch", task_name="train", sampling_config={})
+            keys = tq.get_client().kv_retrieve_keys(global_indexes=meta.global_indexes, partition_id=STEP)
+            values = tq.kv_batch_get(keys=keys, partition_id=STEP, select_fields=["x"])["x"].tolist()
+            tq.close()
+            return keys, values
+
+    conf = OmegaConf.load(str(files("transfer_queue") / "config.yaml"))
+    conf.runtime, conf.controller.polling_mode = "ray", True
+    conf.backend.SimpleStorage.num_data_storage_units = 1
+    conf.backend.SimpleStorage.capacity_bytes = 1 << 24
+    try:
+        Adapter(conf)
+        assert seen == [TransferQueueController, SimpleStorageUnit]
+        td = TensorDict({"x": torch.arange(2.0)}, batch_size=2)
+        tq.kv_batch_put(keys=["a", "b"], partition_id=STEP, fields=td, tags=[{}, {}])
+        assert ray_session.get(Worker.remote().step.remote(), timeout=60) == (["a", "b"], [0.0, 1.0])
+        assert tq.get_client().check_consumption_status(task_name="train", partition_id=STEP)
+    finally:
+        tq.close()

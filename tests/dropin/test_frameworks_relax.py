@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
+from transfer_queue.sampler import GRPOGroupNSampler, RankAwareSampler
 
 import transfer_queue as tq
 from tests.dropin.columns import jagged
 from tests.dropin.processes import in_processes, working
 from transfer_queue import BatchMeta, StreamingDataLoader, StreamingDataset
-from transfer_queue.sampler import GRPOGroupNSampler, RankAwareSampler
 
 GLOBAL_BATCH, RANKS, MICRO = 16, 2, 2
 FIELDS = ["tokens", "total_lengths", "rewards", "metadata"]
@@ -37,8 +37,10 @@ def configuration(sampler: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["RankAwareSampler", "GRPOGroupNSampler"])
-def conf(request: pytest.FixtureRequest) -> Iterator[Any]:
+def conf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The controller expects a global batch in each partition."""
     tq.close()
+    monkeypatch.setenv("TQ_PRE_ALLOC_SAMPLE_NUM", str(GLOBAL_BATCH))
     sampler = {"RankAwareSampler": RankAwareSampler(), "GRPOGroupNSampler": GRPOGroupNSampler(n_samples_per_prompt=4)}
     yield tq.init(conf=configuration(sampler[request.param]))
     tq.close()
@@ -73,7 +75,13 @@ def _actor_rank(conf: Any, rank: int, partition: str) -> tuple[list[list[int]], 
     assert tq.init(conf).controller.token == "of the framework"
     client, seen, rewards = tq.get_client(), [], []
     for index in range(GLOBAL_BATCH // RANKS // 4):
-        sampling = {"dp_rank": rank, "task_name": "actor_train", "batch_index": index, "partition_id": partition, "x": 1}
+        sampling = {
+            "dp_rank": rank,
+            "task_name": "actor_train",
+            "batch_index": index,
+            "partition_id": partition,
+            "x": 1,
+        }
         meta = BatchMeta()
         while not meta.size:
             meta = client.get_meta(
@@ -116,6 +124,24 @@ def test_ranks_draw_while_rows_come(conf: Any) -> None:
     assert asyncio.run(client.async_get_partition_list()) == [partition]
     asyncio.run(client.async_clear_partition(partition))
     assert asyncio.run(client.async_get_partition_list()) == []
+
+
+def test_readiness_of_a_step_that_is_not_whole_yet(conf: Any) -> None:
+    """A part of the global batch is neither produced nor consumed, whatever was drawn of it."""
+    client = tq.get_client()
+    sampling = {"dp_rank": 0, "task_name": "ref", "batch_index": 0, "partition_id": "train_9"}
+
+    async def ready() -> tuple[bool, bool]:
+        produced = await client.async_check_production_status(data_fields=FIELDS, partition_id="train_9")
+        return produced, await client.async_check_consumption_status(task_name="ref", partition_id="train_9")
+
+    asyncio.run(client.async_put(data=rollouts(range(4)), partition_id="train_9"))
+    assert client.get_meta(FIELDS, 4, "train_9", task_name="ref", sampling_config=sampling).size == 4
+    assert asyncio.run(ready()) == (False, False)
+    asyncio.run(client.async_put(data=rollouts(range(4, GLOBAL_BATCH)), partition_id="train_9"))
+    assert asyncio.run(ready()) == (True, False)
+    rest = client.get_meta(FIELDS, 12, "train_9", task_name="ref", sampling_config={**sampling, "batch_index": 1})
+    assert rest.size == 12 and asyncio.run(ready()) == (True, True)
 
 
 def test_lengths_that_are_told_afterwards(conf: Any) -> None:

@@ -32,7 +32,11 @@ transfer_queue:
   metrics: {enabled: false}
   backend:
     storage_backend: SimpleStorage
-    SimpleStorage: {total_storage_size: 100000, num_data_storage_units: 8, capacity_bytes: 8388608, arena_bytes: 1048576}
+    SimpleStorage:
+      total_storage_size: 100000
+      num_data_storage_units: 8
+      capacity_bytes: 8388608
+      arena_bytes: 1048576
 """
 PROMPTS, SESSIONS = 12, 2
 STATUS = {"pending", "running", "finished", "failure", "success"}

@@ -16,7 +16,7 @@ from tests.dropin.columns import batch
 from tests.dropin.processes import in_processes
 from transfer_queue import BatchMeta, TransferQueueClient
 from transfer_queue.config import merged, settings
-from transfer_queue.errors import SamplerError
+from transfer_queue.errors import EncodeError, SamplerError
 from transfer_queue.runtime.embedded import EmbeddedRuntime
 from transfer_queue.samplers import BaseSampler
 
@@ -24,7 +24,9 @@ from transfer_queue.samplers import BaseSampler
 class Moody(BaseSampler):
     """Raises, or answers nonsense, if the request tells it to."""
 
-    def sample(self, ready_indexes: list[int], batch_size: int, *args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
+    def sample(
+        self, ready_indexes: list[int], batch_size: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[int], list[int]]:
         match kwargs.get("mood"):
             case "raise":
                 raise ZeroDivisionError("in a bad mood")
@@ -81,6 +83,26 @@ def test_29_malformed_requests_harm_nobody_else(client: TransferQueueClient, par
     assert all(isinstance(error, RuntimeError | ValueError | TypeError) for error in found[:8]), found[:8]
     assert [put.keys for put in found[8:]] == [[f"good-{row}"] for row in range(20)]
     assert len(client.kv_list(partition)[partition]) == 20
+
+
+@pytest.mark.parametrize("value", [object(), torch.ones(2), {"deep": [object()]}])
+def test_29_a_tag_that_cannot_be_sent_is_refused_at_once(
+    queue: EmbeddedRuntime, client: TransferQueueClient, partition: str, value: Any
+) -> None:
+    """Also where controller and client are one process: others list the partition."""
+    client.kv_put("a", partition, tag={"n": 1})
+    meta = client.put(batch(1), partition_id=partition)
+    meta.update_custom_meta([{"x": value}])
+    for call in (
+        lambda: client.kv_put("a", partition, tag={"x": value}),
+        lambda: client.kv_put("b", partition, tag={"x": value}),
+        lambda: client.put(batch(1), partition_id=partition, tags=[{"x": value}]),
+        lambda: client.set_custom_meta(meta),
+    ):
+        with pytest.raises(EncodeError):
+            call()
+    with TransferQueueClient("other", queue.info, transport="tcp") as other:
+        assert other.kv_list(partition) == {partition: {"a": {"n": 1}}}
 
 
 def test_30_drawn_metas_show_tags_and_late_writers_revert_nothing(client: TransferQueueClient, partition: str) -> None:

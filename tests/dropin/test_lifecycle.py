@@ -167,6 +167,36 @@ def test_09_a_forked_child_attaches_again_and_the_parent_goes_on() -> None:
     assert client.get_meta(["x"], 4, "p", task_name="t").size == 4
 
 
+def test_09_a_fork_while_another_thread_starts_a_queue_does_not_hang_the_child() -> None:
+    from transfer_queue import session
+
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session._lock:
+            held.set()
+            over.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            threading.Timer(10.0, os._exit, (3,)).start()
+            code = 2
+            try:
+                tq.kv_list("p")
+            except NotInitialized:
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        over.set()
+        holder.join()
+
+
 def test_47_assigning_none_to_the_client_detaches() -> None:
     from transfer_queue import interface
 

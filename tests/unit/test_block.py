@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.whole_block import write_block
 from transfer_queue.errors import DecodeError, UnknownName
 from transfer_queue.messages import ColumnSpec
 from transfer_queue.storage.block import (
@@ -22,7 +23,6 @@ from transfer_queue.storage.block import (
     image_parts,
     plan_block,
     read_head,
-    write_block,
 )
 from transfer_queue.storage.gather import Pick, RowSet, distinct, pick
 

@@ -14,6 +14,7 @@ import torch
 from tests.unit.asking_unit import MIB, clear, ids, rows
 from tests.unit.returning_unit import ReturningUnit
 from tests.unit.test_transfer import Host, located
+from tests.unit.whole_block import write_block
 from transfer_queue.client import columns
 from transfer_queue.client.drivers import run
 from transfer_queue.client.storing import store
@@ -27,7 +28,6 @@ from transfer_queue.storage.block import (
     fill_block,
     image_parts,
     plan_block,
-    write_block,
 )
 from transfer_queue.storage.checksums import Suspect, verify
 from transfer_queue.storage.digests import CHUNK_BYTES

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack
 
+from tests.unit.whole_block import write_block
 from transfer_queue.client import columns
 from transfer_queue.config import LAYOUTS
 from transfer_queue.errors import EncodeError, InvalidArgument, UnknownName, WrongType
-from transfer_queue.storage.block import Directories, plan_block, write_block
+from transfer_queue.storage.block import Directories, plan_block
 from transfer_queue.storage.gather import RowSet, gathered, pick
 
 DTYPES = [

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.whole_block import write_block
 from transfer_queue.client import results
 from transfer_queue.client.buffers import POOLED_BYTES, BufferPool
 from transfer_queue.messages import ColumnSpec
-from transfer_queue.storage.block import Block, Directories, EncodedColumn, plan_block, write_block
+from transfer_queue.storage.block import Block, Directories, EncodedColumn, plan_block
 from transfer_queue.storage.gather import Pick, RowSet, pick
 from transfer_queue.storage.shares import Copy, Work, run_all
 

@@ -73,7 +73,7 @@ def test_waiting_for_another_operation(done: bool) -> None:
 
 def test_a_writer_in_a_hurry_gets_larger_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each span that is filled quickly is followed by one of twice the size; after a pause it starts over."""
-    span = SharedSpan()
+    span = SharedSpan(set())
     sizes = []
     for _ in range(6):
         span.replace(None, None)

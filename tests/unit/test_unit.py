@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.asking_unit import MIB, Unit, block_of, clear, free, ids, rows, unpacked
+from tests.unit.whole_block import write_block
 from transfer_queue.errors import (
     InvalidArgument,
     StaleSampleError,
@@ -25,7 +26,6 @@ from transfer_queue.messages import (
     ReturnSpan,
     Unpin,
 )
-from transfer_queue.storage.block import write_block
 from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.holders import process_id
 

@@ -34,5 +34,5 @@ def queue(ray_session: Any, forgetful: None) -> Iterator[Any]:
     """A queue from the section that verl ships, with the layout that it expects."""
     section = OmegaConf.load(str(files("verl") / "trainer" / "config" / "transfer_queue" / "transfer_queue.yaml"))
     section.backend.SimpleStorage.num_data_storage_units = 2
-    yield tq.init(OmegaConf.merge(section, {"enable": True, "layout": "jagged", "runtime": "ray"}))
+    yield tq.init(OmegaConf.merge(section, {"enable": True, "layout": "jagged"}))
     tq.close()

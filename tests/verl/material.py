@@ -71,7 +71,6 @@ def compose(folder: Path, *overrides: str) -> Any:
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
-        "+transfer_queue.runtime=ray",
         "+transfer_queue.layout=jagged",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=2",
         *overrides,

@@ -1,7 +1,7 @@
-"""What stands in for the parts of verl that need accelerators: a language model, its servers and the training engines.
+"""Stand-ins for the parts of verl that need accelerators: a language model, its servers and the training engines.
 
-All else that runs is verl's: trainers, replay buffers, agent loops and their workers, worker groups with their dispatch,
-and the rewards. This module imports verl; Ray's workers import it too.
+All else that runs is verl's: trainers, replay buffers, agent loops and their workers, worker groups with their
+dispatch, and the rewards. This module imports verl.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import transfer_queue as tq
 from tensordict import TensorDict
 from verl import DataProto
 from verl.experimental.reward_loop import RewardLoopManager
@@ -27,6 +26,8 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
+
+import transfer_queue as tq
 
 RANKS = 2
 ROLES = ("actor", "ref", "train")

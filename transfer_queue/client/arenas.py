@@ -93,21 +93,24 @@ def _map_part(path: str, start: int, size_bytes: int, hold: Hold) -> Bytes:
 
 
 class Releaser:
-    """Runs what is due when holds end, in a thread of its own: garbage collection may strike while locks are held."""
+    """Runs what is due when holds end, in a thread of its own: garbage collection may strike while locks are held.
+
+    A forked child has the holds of its parent too. Their end there means nothing: the parent has what they stand for.
+    """
 
     def __init__(self) -> None:
-        self._due: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def hold(self, release: Callable[[], None]) -> Hold:
-        """Return a hold; `release` is called once it is gone."""
+        """Return a hold; `release` is called once it is gone from this process."""
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="tq-unpin", daemon=True)
                 self._thread.start()
         hold = Hold()
-        weakref.finalize(hold, self._due.put, release).atexit = False
+        weakref.finalize(hold, self._due.put, (os.getpid(), release)).atexit = False
         return hold
 
     def close(self) -> None:
@@ -119,9 +122,11 @@ class Releaser:
             thread.join()
 
     def _run(self) -> None:
-        while (release := self._due.get()) is not None:
-            with contextlib.suppress(ConnectionLost):  # then there is nothing left to release
-                release()
+        while (due := self._due.get()) is not None:
+            owner, release = due
+            if owner == os.getpid():
+                with contextlib.suppress(ConnectionLost):  # then there is nothing left to release
+                    release()
 
 
 def _open(path: str, flags: int) -> int:

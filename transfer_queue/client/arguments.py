@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from transfer_queue import environment
 from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.metadata import BatchMeta
+from transfer_queue.wire.values import Packing
 
 Tags: TypeAlias = "Sequence[Mapping[str, Any] | None]"
 
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 60.0
+
+_ALWAYS_SENDABLE = frozenset((str, int, float, bool, type(None)))
 
 
 def address(partition_id: str | int | None, global_step: int | None) -> tuple[str | None, int | None]:
@@ -156,8 +159,16 @@ def tags_of(tags: Tags | None) -> tuple[dict[str, Any] | None, ...] | None:
     wrong = [tag for tag in tags if tag is not None and not isinstance(tag, Mapping)]
     if wrong:
         raise WrongType(f"a tag must be a dict or None, not {wrong[0]!r}")
-    found = tuple(dict(tag) if tag else None for tag in tags)
+    found = tuple(sendable(tag) if tag else None for tag in tags)
     return found if any(tag for tag in found) else None
+
+
+def sendable(tag: Mapping[str, Any]) -> dict[str, Any]:
+    """The tag. Raises `EncodeError` for a value that other processes cannot get, also where there are none yet."""
+    entries = dict(tag)
+    if not _ALWAYS_SENDABLE.issuperset(map(type, entries.values())):
+        Packing(allow_tensors=False).pack(entries)
+    return entries
 
 
 # ---------------------------------------------------------------- keys

@@ -21,6 +21,7 @@ from transfer_queue.client.arguments import (
     distinct_names,
     key_names,
     partition_str,
+    sendable,
     timeout_seconds,
 )
 from transfer_queue.client.core import ClientCore, changed
@@ -289,4 +290,4 @@ def _tags(tags: Any, count: int) -> tuple[dict[str, Any] | None, ...] | None:
         raise WrongType(f"a tag must be a dict, not {wrong[0]!r:.200}")
     if len(tags) != count:
         raise InvalidArgument(f"{len(tags)} tags for {count} keys: give one per key")
-    return tuple(dict(tag) for tag in tags) if any(tags) else None
+    return tuple(sendable(tag) for tag in tags) if any(tags) else None

@@ -42,8 +42,8 @@ class SharedSpan:
     unput        where the blocks that are carved from it are noted, before they are
     """
 
-    def __init__(self, unput: set[int] | None = None) -> None:
-        self._unput = set() if unput is None else unput
+    def __init__(self, unput: set[int]) -> None:
+        self._unput = unput
         self.next_bytes = SHARED_SPAN_BYTES
         self._replaced_at = 0.0
         self._lock = threading.Lock()

@@ -31,11 +31,17 @@ class Answers:
         self._requests = requests
         self._broken: TransferQueueError | None = None  # a change can never be written down: nothing is true any more
         self._late: list[tuple[Ticket, Reply]] = []  # of what is not written down yet
+        self._ended = False  # a halt, since `was_halted`
 
     @property
     def halted(self) -> bool:
         """Something was changed that is not written down: nobody is told, and nothing else may be changed."""
         return self._broken is not None or (self.keeper is not None and self.keeper.behind)
+
+    def was_halted(self) -> bool:
+        """It is, or was since the last call."""
+        ended, self._ended = self._ended, False
+        return ended or self.halted
 
     @property
     def retries(self) -> bool:
@@ -77,6 +83,7 @@ class Answers:
             self._break(error)
         else:
             if was_behind:
+                self._ended = True
                 log.warning("there is space for the journal of the controller again")
             self._tell_late()
 

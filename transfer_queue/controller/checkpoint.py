@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transfer_queue.errors import DecodeError, InvalidArgument, LeaseExpired, TransferQueueError
 from transfer_queue.ledger import Ledger
-from transfer_queue.messages import CutDone, Restore
+from transfer_queue.messages import UNIT_SHIFT, CutDone, Restore
 from transfer_queue.wire.codec import pack_value, unpack_value
 from transfer_queue.wire.ticket import Ticket
 
-FORMAT = 1
+FORMAT = 2
+
+Int64s: TypeAlias = NDArray[np.int64]
 
 _FRAME_BYTES = 8 << 20
 
@@ -26,6 +29,7 @@ class _Hold:
     client: str
     request_id: int
     until: float
+    blocks: Int64s  # of the cut
 
 
 class Cuts:
@@ -36,10 +40,16 @@ class Cuts:
         self._holds: dict[int, _Hold] = {}
 
     def begin(self, ticket: Ticket, hold_s: float, now: float) -> None:
-        """Answer with the state of now. Copying it holds up the queue, making bytes of it does not."""
+        """Answer with the state of now. Copying it holds up the queue, making bytes of it does not.
+
+        One request holds one cut: where it comes again, nobody got the answer of before.
+        """
+        self._keep_but(lambda hold: (hold.client, hold.request_id) == (ticket.client_id, ticket.request_id))
         number = 1 + secrets.randbits(62)  # none that an earlier life of the controller gave out
         state = self._ledger.state()
-        self._holds[number] = _Hold(ticket.client_id, ticket.request_id, now + hold_s)
+        self._holds[number] = _Hold(
+            ticket.client_id, ticket.request_id, now + hold_s, state["rows"]["blocks"]["blocks"]
+        )
         self._ledger.blocks.copied = True
         threading.Thread(
             target=_answer, args=(ticket, number, state), name="transfer_queue checkpoint", daemon=True
@@ -50,8 +60,9 @@ class Cuts:
         hold = self._holds.get(number)
         if hold is None:
             raise LeaseExpired(
-                "the cut of this checkpoint is not held any more, because the controller was started again, or took "
-                "its holder for dead: what was copied may have been overwritten meanwhile; save again"
+                "the cut of this checkpoint is not held any more, because the controller or a storage unit was started "
+                "again, or the controller took its holder for dead: what was copied may have been overwritten "
+                "meanwhile; save again"
             )
         self._holds[number] = replace(hold, until=max(hold.until, now + hold_s))
 
@@ -66,22 +77,33 @@ class Cuts:
 
     def end_of(self, client: str) -> bool:
         """The same for all cuts of a client that is gone."""
-        self._holds = {number: hold for number, hold in self._holds.items() if hold.client != client}
-        return self._settle()
+        return self._end(lambda hold: hold.client == client)
 
     def end_of_request(self, client: str, request_id: int) -> bool:
         """The same for a cut whose answer nobody gets."""
-        asked = (client, request_id)
-        self._holds = {number: hold for number, hold in self._holds.items() if (hold.client, hold.request_id) != asked}
-        return self._settle()
+        return self._end(lambda hold: (hold.client, hold.request_id) == (client, request_id))
+
+    def end_at(self, unit: int) -> bool:
+        """The same for cuts of which a unit has blocks: it hears what it may reuse without being told to."""
+        return self._end(lambda hold: bool((hold.blocks >> UNIT_SHIFT == unit).any()))
+
+    def end_with(self, blocks: Int64s) -> bool:
+        """The same for cuts that have any of these blocks: their unit reuses them."""
+        return self._end(lambda hold: bool(np.isin(blocks, hold.blocks).any()))
 
     def end_overdue(self, now: float) -> bool:
         """The same for cuts that were held for too long."""
-        self._holds = {number: hold for number, hold in self._holds.items() if hold.until > now}
-        return self._settle()
+        return self._end(lambda hold: hold.until <= now)
 
     def next_deadline(self) -> float | None:
         return min((hold.until for hold in self._holds.values()), default=None)
+
+    def _end(self, which: Callable[[_Hold], bool]) -> bool:
+        self._keep_but(which)
+        return self._settle()
+
+    def _keep_but(self, which: Callable[[_Hold], bool]) -> None:
+        self._holds = {number: hold for number, hold in self._holds.items() if not which(hold)}
 
     def _settle(self) -> bool:
         ended = self._ledger.blocks.copied and not self._holds

@@ -32,6 +32,7 @@ from transfer_queue.messages import (
     GetAdmission,
     GetAudit,
     GetExplanation,
+    GetKeys,
     GetStatus,
     KeepCut,
     ListPartitions,
@@ -43,6 +44,7 @@ from transfer_queue.messages import (
     Request,
     Restore,
     SetTags,
+    WaitKeys,
     Withdraw,
 )
 from transfer_queue.messages.journal import Marked
@@ -54,7 +56,7 @@ log = logging.getLogger(__name__)
 
 _GROWING = (Put, Draw, SetTags, RegisterSampler, Admit, Announce)  # refused where space is short
 _UNRECORDED = (
-    *(Locate, GetStatus, GetAudit, GetExplanation, GetAdmission, ListPartitions, ListUnits),
+    *(Locate, GetStatus, GetAudit, GetExplanation, GetAdmission, GetKeys, WaitKeys, ListPartitions, ListUnits),
     *(Withdraw, Cut, KeepCut, EndCut, Restore),  # a restored state is written down as a whole
 )
 _RECORD_BYTES = 4096  # of a record beside the request and the rows
@@ -88,7 +90,7 @@ class Keeper:
         requests: RequestTable,
         *,
         sync: bool,
-        now: float,
+        clock: Callable[[], float],
         files: Files = REAL_FILES,
     ) -> Keeper:
         """Fill an empty ledger with what the folder holds, and go on from there.
@@ -103,7 +105,7 @@ class Keeper:
             recover(recovered, ledger, units, requests)
             keeper = cls(journal, ledger, units, requests)
             if known:
-                ledger.resume(now)
+                ledger.resume(clock())  # the time that this took is nobody's
                 with suppress(CapacityExceeded):  # it recovers on a full disk as well, and goes on when there is space
                     keeper.keep(ledger.records.take())
             return keeper
@@ -128,7 +130,7 @@ class Keeper:
             frames = encode_message(request)
         self._encoded = (request, frames)
         size = self._size(request, frames)
-        if isinstance(request, _GROWING):
+        if isinstance(request, _GROWING) and not (isinstance(request, Announce) and self._units.returns(request)):
             self._journal.check_room(size)
         else:  # what may give room back goes on into the reserve
             self._journal.check_room(size + _MARGIN_BYTES, essential=True)

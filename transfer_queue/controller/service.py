@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from transfer_queue import environment
 from transfer_queue.controller.answering import Answers
 from transfer_queue.controller.checkpoint import Cuts, restore
+from transfer_queue.controller.freeing import Frees, Push, Sent
 from transfer_queue.controller.keeping import Keeper
 from transfer_queue.controller.units import UnitBook
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded, TransferQueueError
@@ -35,7 +36,6 @@ from transfer_queue.messages import (
     Done,
     Draw,
     EndCut,
-    FreeBlocks,
     FreesDone,
     GetAdmission,
     GetAudit,
@@ -47,6 +47,8 @@ from transfer_queue.messages import (
     Report,
     Request,
     Restore,
+    Settle,
+    Settled,
     UnitInfo,
     Units,
     WaitKeys,
@@ -59,25 +61,12 @@ from transfer_queue.wire.ticket import Ticket
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Push: TypeAlias = Callable[[Hashable, FreeBlocks], None]
-
 
 _RETRY_S = 1.0
-_FREEING_S = 1.0
-"""How long the answer to a clear waits for the units, so that old handles are refused everywhere when it comes."""
-
-
-class _Freeing(NamedTuple):
-    """A clear that is done but for what the units have to do."""
-
-    deadline: float
-    orders: list[tuple[int, int]]  # (unit number, sequence)
-    ticket: Ticket
-    reply: Reply
 
 
 class ControllerService:
-    """Serves `ControllerRequest`s. `push` sends a one-way message to the channel of a unit."""
+    """Serves `ControllerRequest`s."""
 
     def __init__(
         self, ledger: Ledger, clock: Callable[[], float] = time.monotonic, *, unit_return_s: float = 30.0
@@ -92,16 +81,14 @@ class ControllerService:
         self._units = UnitBook(ledger.blocks)
         self._unit_return_s = unit_return_s
         self._cuts = Cuts(ledger)
-        self._reusable = False  # a cut ended, and units were not told yet
         self._answers = Answers(ledger.records, self.requests)
+        self._frees = Frees(ledger.blocks, self._units, self._answers)
         self._parked: dict[Hashable, Ticket] = {}
         self._waiting_for_units: list[tuple[float, Ticket]] = []
-        self._freeing: list[_Freeing] = []
-        self._push: Push = lambda channel, order: None
 
     def send_frees_by(self, push: Push) -> None:
         """Tell where one-way messages to units go, before the first unit announces itself."""
-        self._push = push
+        self._frees.push = push
 
     def keep_in(self, folder: Path, *, sync: bool = False, files: Files = REAL_FILES) -> None:
         """Go on where the journal in this folder ends, and write to it. Before anything is served.
@@ -111,10 +98,9 @@ class ControllerService:
         Raises `JournalDamaged` or `JournalUnavailable`.
         """
         with self._lock:
-            now = self._clock()
             kept = (self._ledger, self._units, self.requests)
-            self._answers.keeper = Keeper.open(folder, *kept, sync=sync, now=now, files=files)
-            self._units.all_away(now)
+            self._answers.keeper = Keeper.open(folder, *kept, sync=sync, clock=self._clock, files=files)
+            self._units.all_away(self._clock())  # nobody was missed while the journal was read
 
     def close(self) -> None:
         """Let go of the journal; what is in it stays. May be called twice."""
@@ -169,9 +155,11 @@ class ControllerService:
                 reply: Reply | TransferQueueError | None = self._dispatch(request, ticket, now)
             except TransferQueueError as error:
                 reply = error
+                if isinstance(request, Announce):
+                    self._units.refused(request, now)
             orders = self._follow_up(now, ticket, reply)
             if orders and isinstance(reply, Done):
-                self._freeing.append(_Freeing(now + _FREEING_S, orders, ticket, reply))
+                self._frees.wait(ticket, reply, orders, now)
             elif reply is not None:
                 self._answers.give(ticket, reply)
 
@@ -180,8 +168,8 @@ class ControllerService:
         with self._lock:
             now = self._clock()
             self._answers.catch_up()
+            self._frees.go_on(self._cuts.end_overdue(now))
             self._follow_up(now)
-            self._reuse(self._cuts.end_overdue(now))
             self._give_up_units(now)
             late = [ticket for deadline, ticket in self._waiting_for_units if deadline <= now]
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[0] > now]
@@ -189,9 +177,9 @@ class ControllerService:
                 ticket.answer(
                     DeadlineExceeded("no storage unit announced itself in time; start one, or `init` a session")
                 )
-            self._answer_freed(now)
-            due = [deadline for deadline, _ in self._waiting_for_units] + [entry.deadline for entry in self._freeing]
-            due += filter(None, (self._ledger.next_deadline(), self._cuts.next_deadline()))
+            self._frees.answer(now)
+            due = [deadline for deadline, _ in self._waiting_for_units]
+            due += filter(None, (each.next_deadline() for each in (self._ledger, self._cuts, self._frees)))
             if self._answers.retries:
                 due.append(now + _RETRY_S)
             away = self._units.away_since()
@@ -204,11 +192,11 @@ class ControllerService:
         with self._lock:
             now = self._clock()
             self._cancel((ticket.client_id, ticket.request_id), now)
-            self._reuse(self._cuts.end_of_request(ticket.client_id, ticket.request_id))
+            self._frees.go_on(self._cuts.end_of_request(ticket.client_id, ticket.request_id))
             if isinstance(reply, Admitted):
                 self._ledger.gate.withdraw(reply.admission)
             self._waiting_for_units = [entry for entry in self._waiting_for_units if entry[1] is not ticket]
-            self._freeing = [entry for entry in self._freeing if entry.ticket is not ticket]
+            self._frees.forget(ticket)
             self._follow_up(now)
 
     def gone(self, client_id: str) -> None:
@@ -217,7 +205,7 @@ class ControllerService:
             now = self._clock()
             self._ledger.client_gone(client_id, now)
             self._ledger.gate.leave(client_id)
-            self._reuse(self._cuts.end_of(client_id))
+            self._frees.go_on(self._cuts.end_of(client_id))
             self._units.leave(client_id, now)
             self._follow_up(now)
 
@@ -230,7 +218,7 @@ class ControllerService:
 
     def _follow_up(
         self, now: float, ticket: Ticket | None = None, reply: Reply | TransferQueueError | None = None
-    ) -> list[tuple[int, int]]:
+    ) -> Sent:
         """Write down what changed, answer whom it satisfied, and tell units what they may reuse.
 
         `ticket`: of the request that was carried out, with this answer. Returns what units have to do.
@@ -250,26 +238,7 @@ class ControllerService:
         answers.snapshot_if_due()
         for other, answer in parked:
             answers.give(other, answer)
-        return [] if answers.halted else self._send_orders()
-
-    def _send_orders(self) -> list[tuple[int, int]]:
-        """Tell units what they may reuse; returns (unit number, sequence) of what was sent."""
-        orders = []
-        for number, order in self._ledger.blocks.take_orders():
-            channel = self._units.channel_of(number)
-            if channel is not None:
-                self._push(channel, order)
-                orders.append((number, order.sequence))
-        return orders
-
-    def _answer_freed(self, now: float) -> None:
-        """Answer the clears whose units refuse the cleared rows by now, or take too long to say so."""
-        waiting, self._freeing = self._freeing, []
-        for entry in waiting:
-            if entry.deadline <= now or all(self._ledger.blocks.confirmed(*order) for order in entry.orders):
-                self._answers.give(entry.ticket, entry.reply)
-            else:
-                self._freeing.append(entry)
+        return self._frees.send()
 
     def _cancel(self, key: Hashable, now: float) -> None:
         self._parked.pop(key, None)
@@ -306,7 +275,7 @@ class ControllerService:
                 return self._announce(request, ticket, now)
             case Reconcile():
                 self._units.check_current(request.unit)
-                return ask(self._ledger, request, now)
+                return self._asked(request, now)
             case Cut():
                 self._cuts.begin(ticket, request.hold_s, now)
                 return None
@@ -314,7 +283,7 @@ class ControllerService:
                 self._cuts.keep(request.hold, request.hold_s, now)
                 return Done()
             case EndCut():
-                self._reuse(self._cuts.end(request.hold))
+                self._frees.go_on(self._cuts.end(request.hold))
                 return None
             case Restore():
                 return self._restore(request, ticket, now)
@@ -323,15 +292,20 @@ class ControllerService:
                 if number is not None:
                     self._ledger.blocks.confirm(number, request.sequence)
                     self._ledger.records.add(Record(request, now))
-                    self._answer_freed(now)
+                    self._frees.answer(now)
                 return None
             case _:
                 return self._asked(request, now)
 
     def _asked(self, request: Request, now: float) -> Reply:
         reply = ask(self._ledger, request, now)
-        if isinstance(request, GetAudit) and isinstance(reply, Report) and self._answers.keeper is not None:
-            return Report(entries=reply.entries | {"journal": self._answers.keeper.report()})
+        match request, reply:
+            case GetAudit(), Report() if self._answers.keeper is not None:
+                return Report(entries=reply.entries | {"journal": self._answers.keeper.report()})
+            case Reconcile(unit=unit), _:
+                self._frees.go_on(self._cuts.end_at(unit))
+            case Settle(blocks=blocks), Settled(committed=committed):
+                self._frees.go_on(self._cuts.end_with(blocks[committed == 0]))
         return reply
 
     def _announce(self, request: Announce, ticket: Ticket, now: float) -> Announced:
@@ -341,8 +315,8 @@ class ControllerService:
             self._ledger.records.add(Record(request, now))
         else:
             log.error("storage unit %s came back without its index: what it held is lost", request.unit_id)
-            self._ledger.lose_unit(replaced, now, request)
-        self._send_again(number)
+            self._lose_unit(replaced, now, request)
+        self._frees.send_again(number)
         waiting, self._waiting_for_units = self._waiting_for_units, []
         for _, other in waiting:
             other.answer(self._known_units())
@@ -350,27 +324,19 @@ class ControllerService:
 
     def _give_up_units(self, now: float) -> None:
         """What lies at units that do not come back is lost: its rows are not ready, and `audit` names them."""
-        for unit in self._units.overdue(now - self._unit_return_s):
+        if self._answers.was_halted():  # none could come back
+            self._units.away_anew(now)
+        for unit in self._units.overdue(now, self._unit_return_s):
             log.error(
                 "storage unit %s is away for %.0f s: what it held is lost", unit.info.unit_id, self._unit_return_s
             )
             number = unit.info.number
-            self._ledger.lose_unit(number, now, UnitGivenUp(unit=number))
+            self._lose_unit(number, now, UnitGivenUp(unit=number))
             self._follow_up(now)
 
-    def _reuse(self, again: bool) -> None:
-        """If units may reuse bytes again, tell them what they were not told, or may have missed."""
-        self._reusable |= again
-        if self._reusable and not self._answers.halted:
-            self._reusable = False
-            self._ledger.blocks.take_orders()
-            for unit in self._units.infos():
-                self._send_again(unit.number)
-
-    def _send_again(self, unit: int) -> None:
-        channel = self._units.channel_of(unit)
-        for order in self._ledger.blocks.unconfirmed(unit) if channel is not None else ():
-            self._push(channel, order)
+    def _lose_unit(self, number: int, now: float, by: UnitGivenUp | Announce) -> None:
+        self._ledger.lose_unit(number, now, by)
+        self._frees.go_on(self._cuts.end_at(number))
 
     def _restore(self, request: Restore, ticket: Ticket, now: float) -> Done:
         """The new state is written down as a whole, together with the answer, before that is given."""

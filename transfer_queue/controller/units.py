@@ -12,13 +12,16 @@ from transfer_queue.messages import UNIT_SHIFT, Announce, UnitInfo
 
 _FIELDS = tuple(field.name for field in fields(UnitInfo))
 _MOST_NUMBERS = (1 << 63 - UNIT_SHIFT) - 1
+_LISTEN_S = 2.0
+"""How long a unit that is overdue is listened for: it may have announced itself while the controller did not run."""
 
 
 @dataclass
 class Unit:
     """One unit: where it is, by which channel it listens, and since when it does not (None: it does).
 
-    life   names its index; one that comes back with another has nothing of what it stored
+    life     names its index; one that comes back with another has nothing of what it stored
+    overdue  it is away for so long that it would be given up, if it had been listened for meanwhile
     """
 
     info: UnitInfo
@@ -26,6 +29,7 @@ class Unit:
     channel: Hashable | None
     client: str = ""  # its name on the wire
     away_since: float | None = None
+    overdue: bool = False
 
 
 class UnitBook:
@@ -76,9 +80,29 @@ class UnitBook:
         for unit in self._by_id.values():
             unit.channel, unit.away_since = None, now
 
-    def overdue(self, before: float) -> list[Unit]:
-        """Units that are away since `before` or longer and were not given up."""
-        return [unit for unit in self._away() if unit.away_since is not None and unit.away_since <= before]
+    def away_anew(self, now: float) -> None:
+        """Units that are away could not come back until now."""
+        for unit in self._by_id.values():
+            if unit.away_since is not None:
+                unit.away_since, unit.overdue = now, False
+
+    def refused(self, request: Announce, now: float) -> None:
+        """A unit could not be let in now: one that has its index is there nevertheless, and will try again."""
+        unit = self._by_id.get(request.unit_id)
+        if unit is not None and self.returns(request) and unit.away_since is not None:
+            unit.away_since, unit.overdue = now, False
+
+    def overdue(self, now: float, return_s: float) -> list[Unit]:
+        """Units, not given up before, that are away for `return_s`, and for `_LISTEN_S` after that was seen."""
+        late = []
+        for unit in self._away():
+            if unit.away_since is None or unit.away_since > now - return_s:
+                continue
+            if unit.overdue:
+                late.append(unit)
+            else:
+                unit.away_since, unit.overdue = now - return_s + _LISTEN_S, True
+        return late
 
     def away_since(self) -> float | None:
         """Since when the unit is away that left first, of those not given up."""
@@ -109,10 +133,15 @@ class UnitBook:
         known = self._by_id.get(request.unit_id)
         return None if known is None or known.life == request.life else known.info.number
 
+    def returns(self, request: Announce) -> bool:
+        """Whether a unit that is known has what it had."""
+        known = self._by_id.get(request.unit_id)
+        return known is not None and known.life == request.life
+
     def announce(self, request: Announce, channel: Hashable | None, client: str = "") -> Unit:
         """Note that a unit listens at `channel`. Raises `CapacityExceeded` if there are no numbers left."""
         known = self._by_id.get(request.unit_id)
-        if known is not None and known.life == request.life:
+        if known is not None and self.returns(request):
             number = known.info.number
         elif self._numbers < _MOST_NUMBERS:
             number = self._numbers = self._numbers + 1

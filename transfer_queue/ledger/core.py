@@ -195,6 +195,7 @@ class Ledger:
     def settle(self, request: Settle, now: float) -> Settled:
         """Which of these blocks of a dead writer are in use? The others are refused from now on."""
         settled = Settled(committed=self.blocks.settle(request.blocks))
+        self._stirred.window_freed = True  # who waits with a block that is refused now hears it
         self.serving.note(Record(request, now))
         return settled
 

@@ -132,7 +132,7 @@ class Usage:
         if room is None:
             return False
         self._count(room, -1)
-        self.room_made |= room != claim
+        self.room_made = True  # also where it is what the put needs: it may yet be refused
         same = (room.partition, room.producer) == (claim.partition, claim.producer)
         return same and claim.samples <= room.samples and claim.size_bytes <= room.size_bytes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -13,13 +13,17 @@ from typing_extensions import dataclass_transform
 Int64s: TypeAlias = NDArray[np.int64]
 Frames: TypeAlias = tuple[Any, ...]  # buffers: bytes or memoryview
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 ANY_GENERATION = -1
 UNIT_SHIFT = 48
 SPAN_SHIFT = 16
 
 MESSAGE_TYPES: dict[int, type[Any]] = {}
 _T = TypeVar("_T")
+
+
+def int64s_of(numbers: Iterable[int]) -> Int64s:
+    return np.fromiter(numbers, np.int64)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, eq_default=False)

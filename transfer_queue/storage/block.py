@@ -209,12 +209,6 @@ def fill_block(plan: BlockPlan, memory: Bytes) -> None:
     memory[_STATE_AT] = SEALED
 
 
-def write_block(plan: BlockPlan, memory: Bytes, block_id: int) -> None:
-    """Write a whole block to the start of `memory`."""
-    carve(plan, memory, block_id)
-    fill_block(plan, memory)
-
-
 def image_parts(plan: BlockPlan, block_id: int) -> list[Bytes]:
     """Return the whole block as buffers that follow each other, gaps included, without copying the pieces.
 

@@ -22,6 +22,7 @@ a block are cleared is no fact of the unit: the controller knows it. That bytes 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -96,13 +97,17 @@ class KnownPin:
 
 @dataclass
 class Known:
-    """What facts add up to."""
+    """What facts add up to.
+
+    Where nothing is known, the numbers of spans and pins begin anywhere, so that those of another life mean nothing
+    here, but low: ids go up, and are used up late.
+    """
 
     arenas: dict[str, int] = field(default_factory=dict)  # name -> bytes
     spans: dict[int, KnownSpan] = field(default_factory=dict)
     pins: dict[int, KnownPin] = field(default_factory=dict)
-    next_span: int | None = None
-    next_pin: int | None = None
+    next_span: int = field(default_factory=lambda: 1 + secrets.randbelow(SPAN_MASK >> 2))
+    next_pin: int = field(default_factory=lambda: 1 + secrets.randbelow(1 << 62))
     life: str | None = None
     lost: set[int] = field(default_factory=set)
     lost_spans: set[int] = field(default_factory=set)

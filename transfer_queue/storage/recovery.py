@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from transfer_queue.errors import DecodeError
-from transfer_queue.messages import SPAN_SHIFT, Int64s
+from transfer_queue.messages import SPAN_SHIFT, Int64s, int64s_of
 from transfer_queue.storage.arena import Arena, Arenas
 from transfer_queue.storage.block import Block, Directories, read_head
 from transfer_queue.storage.checksums import check_head
@@ -33,8 +33,7 @@ log = logging.getLogger(__name__)
 def rebuild(arenas: Arenas, known: Known) -> tuple[UnitSpace, dict[int, str]]:
     """Return the space that the facts describe, and why blocks are lost, by id; those are freed already.
 
-    Where nothing is known the space is empty and has another life. Its numbers of spans and pins begin anywhere, so
-    that those of another life mean nothing here, but low: ids go up, and are used up late.
+    Where nothing is known the space is empty and has another life.
     """
     missing = arenas.reopen(known.arenas)
     members = {arena.name: arena for arena in arenas.members}
@@ -58,7 +57,7 @@ def rebuild(arenas: Arenas, known: Known) -> tuple[UnitSpace, dict[int, str]]:
             lost[block.block_id] = wrong
     for block_id, reason in lost.items():
         log.error("block %d is lost: %s", block_id, reason)
-    space.lose(as_ids(lost))
+    space.lose(int64s_of(lost))
     space.find_granted()
     return space, lost
 
@@ -70,7 +69,7 @@ def all_facts(space: UnitSpace) -> list[Fact]:
     for span in space.spans.values():
         facts += span.all_facts()
     for number, hold in space.pins.items():
-        facts.append(pin_fact(number, hold.holder, hold.asked, as_ids(block.block_id for block in hold.blocks)))
+        facts.append(pin_fact(number, hold.holder, hold.asked, int64s_of(block.block_id for block in hold.blocks)))
     facts += [(Kind.LOST, block_id) for block_id in space.lost]
     facts += [(Kind.SPAN_LOST, first_block) for first_block in space.lost_spans]
     facts.append((Kind.NEXT, space.next_span, space.next_pin))
@@ -93,7 +92,7 @@ def unsound(block: StoredBlock, directories: Directories) -> str | None:
 
 def stored_ids(space: UnitSpace) -> Int64s:
     """Return the ids of all blocks that are found by now."""
-    return as_ids(block.block_id for block in space.blocks() if not block.freed)
+    return int64s_of(block.block_id for block in space.blocks() if not block.freed)
 
 
 def carvable_ids(space: UnitSpace) -> Int64s:
@@ -103,7 +102,7 @@ def carvable_ids(space: UnitSpace) -> Int64s:
     """
     held = [span for span in space.spans.values() if span.open and span.holder is not None]
     spans = [span for span in held if span.first_block not in space.lost_spans and span.end[0] < BLOCKS_PER_SPAN]
-    return as_ids(span.first_block + span.end[0] for span in spans)
+    return int64s_of(span.first_block + span.end[0] for span in spans)
 
 
 def misplaced(block: StoredBlock, readable: Block) -> bool:
@@ -117,19 +116,13 @@ def misplaced(block: StoredBlock, readable: Block) -> bool:
     return any(allowed.gaps(begin, end) for begin, end in block.returned.ranges())
 
 
-def as_ids(blocks: Iterable[int]) -> Int64s:
-    return np.fromiter(blocks, np.int64)
-
-
 # ---------------------------------------------------------------- inside
 
 
 def _empty(arenas: Arenas, known: Known) -> UnitSpace:
-    numbers = {
-        "next_span": known.next_span or 1 + secrets.randbelow(SPAN_MASK >> 2),
-        "next_pin": known.next_pin or 1 + secrets.randbelow(1 << 62),
-    }
-    space = UnitSpace(arenas, known.life or secrets.token_hex(8), **numbers)
+    space = UnitSpace(
+        arenas, known.life or secrets.token_hex(8), next_span=known.next_span, next_pin=known.next_pin
+    )
     if known.life is None:
         space.facts.append((Kind.LIFE, space.life))
     space.lost, space.lost_spans = set(known.lost), set(known.lost_spans)

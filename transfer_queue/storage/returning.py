@@ -21,11 +21,11 @@ from typing import TypeAlias
 import numpy as np
 
 from transfer_queue.errors import DecodeError
-from transfer_queue.messages import SPAN_SHIFT, FreeBlocks, Int64s, Reconcile, Reconciled
+from transfer_queue.messages import SPAN_SHIFT, FreeBlocks, Int64s, Reconcile, Reconciled, int64s_of
 from transfer_queue.storage.block import read_head
 from transfer_queue.storage.checksums import Suspect, damaged
 from transfer_queue.storage.facts import SPAN_MASK
-from transfer_queue.storage.recovery import as_ids, carvable_ids, misplaced, stored_ids
+from transfer_queue.storage.recovery import carvable_ids, misplaced, stored_ids
 from transfer_queue.storage.space import UnitSpace
 from transfer_queue.storage.spans import StoredBlock
 from transfer_queue.wire.holders import process_id
@@ -67,7 +67,7 @@ class Returning:
     def _question(self) -> Reconcile:
         with self._lock:
             space = self._space
-            lost, spans = as_ids(space.lost), as_ids(space.lost_spans)
+            lost, spans = int64s_of(space.lost), int64s_of(space.lost_spans)
             stored = stored_ids(space)
             carvable = carvable_ids(space)  # behind what was found just now
             return Reconcile(unit=self._number, blocks=stored, carvable=carvable, lost=lost, lost_spans=spans)
@@ -79,7 +79,7 @@ class Returning:
             blocks = [block for block in stored if _verifiable(block)]
             if not blocks:
                 return {}
-            pin = self._space.pin(as_ids(block.block_id for block in blocks), process_id()).pin
+            pin = self._space.pin(int64s_of(block.block_id for block in blocks), process_id()).pin
             self._save()
             wrong: dict[int, str] = {}
             suspects: list[Suspect] = []
@@ -125,10 +125,10 @@ class Returning:
             if span.holder is None or block.partial
         }
         space.free(blocks[refused])
-        space.free(as_ids(block_id for block_id in blocks[~used].tolist() if block_id in settled))
-        whole = np.isin(found.cleared_blocks, as_ids(missing), invert=True)
+        space.free(int64s_of(block_id for block_id in blocks[~used].tolist() if block_id in settled))
+        whole = np.isin(found.cleared_blocks, int64s_of(missing), invert=True)
         cleared = found.cleared_blocks[whole], found.cleared_slots[whole]
-        space.free_slots(FreeBlocks(sequence=0, blocks=as_ids(()), partial_blocks=cleared[0], partial_slots=cleared[1]))
+        space.free_slots(FreeBlocks(sequence=0, blocks=int64s_of(()), partial_blocks=cleared[0], partial_slots=cleared[1]))
         self._save()
         return missing
 
@@ -145,7 +145,7 @@ class Returning:
             log.error("block %d is lost: %s", block_id, reason)
         self.lost.update(wrong)
         with self._lock:
-            self._space.lose(as_ids(wrong))
+            self._space.lose(int64s_of(wrong))
             self._save()
 
 

@@ -67,7 +67,8 @@ _Share: TypeAlias = list[tuple[Work, int, int]]
 def run_all(works: Sequence[Work], threads: int | None = None) -> None:
     """Do all of them, here and in at most `threads` - 1 threads beside (None: as many as pay).
 
-    TQ_NUM_THREADS bounds how many such threads this process has at once, those that call this among them. None of them is still under way when this returns or raises.
+    TQ_NUM_THREADS bounds how many such threads this process has at once, the one that calls this among them. None of
+    them is still under way when this returns or raises.
     """
     total = sum(work.size_bytes for work in works)
     count = _worth(total) if threads is None else threads

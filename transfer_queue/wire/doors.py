@@ -93,8 +93,9 @@ class UnixDoor:
             self._socket.bind(path)
             os.chmod(path, 0o600)
             self._socket.listen(_WAITING_CONNECTIONS)
+            watch.add(self._socket.fileno(), self._accept)
         except OSError as error:
-            self._socket.close()
+            self._give_up_path()
             raise ConnectionLost(
                 f"cannot listen at {self.address}: {error}; is there such a folder, and no other server?"
             ) from error

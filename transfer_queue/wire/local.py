@@ -13,7 +13,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 from transfer_queue.errors import ConnectionLost, from_wire, to_wire
-from transfer_queue.messages import AbortBlocks, ErrorReply, Reply, Request
+from transfer_queue.messages import ErrorReply, Reply, Request
+from transfer_queue.wire.grants import Grants
 from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, RequestIds, name_on_wire
 from transfer_queue.wire.ticket import Answer, Handler, Ticket, guarded
 
@@ -41,12 +42,13 @@ class LocalPeer:
     ) -> None:
         self.client_id = client_id
         self.name = name_on_wire(client_id)
-        self.unput: set[int] = set()
         self._handler = handler
         self._channel: Hashable = on_push
         self._on_wait = on_wait
         self.grace_s = grace_s
         self._ids = RequestIds()
+        self._grants = Grants(self._ids)
+        self.unput = self._grants.unput
         self._lock = threading.Lock()
         self._under_way: set[LocalPending] = set()
         self._unresolved: OrderedDict[int, LocalPending] = OrderedDict()
@@ -96,8 +98,7 @@ class LocalPeer:
 
     def notify(self, request: Request) -> None:
         """Run a one-way message, unless this peer is closed."""
-        if isinstance(request, AbortBlocks):
-            self.unput.difference_update(request.blocks.tolist())
+        self._grants.given_back(request)
         if not self._closed and os.getpid() == self._pid:
             self._submit(request, Ticket(self.name, 0, self._channel, request, lambda ticket, answer: None))
 

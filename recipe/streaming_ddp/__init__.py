@@ -1,0 +1,1 @@
+"""Data-parallel training on a stream: `python -m recipe.streaming_ddp`."""
