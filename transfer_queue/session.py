@@ -86,10 +86,12 @@ def init(conf: DictConfig | Mapping[str, Any] | None = None, *, controller: Any 
             log.warning("the queue of this process was ended from outside; looking for another, or starting one")
             current.close()
             current = _session = None
+        started = current is None
         if current is None:
             current = _session = _begin(conf, controller)
             atexit.register(close)
-        _warn_of_differences(conf, current.conf)
+        if not started or current.owned is None:  # else it is as was asked, but for what the environment says
+            _warn_of_differences(conf, current.conf)
         return current.conf
 
 

@@ -28,7 +28,7 @@ from recipe.grpo_tiny.runtimes import RUNTIMES, Runtime
 from recipe.grpo_tiny.stages import RewardFunction, TaskPort, Traffic, prompt_rows
 from recipe.grpo_tiny.task import TASKS, Prompts, draw_prompts
 from recipe.grpo_tiny.trainer import TrainReport
-from transfer_queue.errors import GetMetaTimeout, StaleSampleError
+from transfer_queue.errors import GetMetaTimeout, KeyNotFound, StaleSampleError
 
 PASSED, NOT_LEARNED, ROWS_WRONG, INTERRUPTED = 0, 3, 4, 130
 
@@ -45,7 +45,7 @@ def status_of(run: Callable[[], bool], if_interrupted: str) -> int:
     except KeyboardInterrupt:
         print(if_interrupted, file=sys.stderr)
         return INTERRUPTED
-    except (ConservationError, GetMetaTimeout, StaleSampleError) as error:
+    except (ConservationError, GetMetaTimeout, KeyNotFound, StaleSampleError) as error:
         print(f"rows lost, repeated or mismatched: {error}", file=sys.stderr)
         return ROWS_WRONG
 

@@ -57,7 +57,9 @@ def loader_of(rank: int, conf: Any, settings: Settings) -> StreamingDataLoader:
         lease=settings.lease_s,
         keep_batches=False,
     )
-    return StreamingDataLoader(dataset, num_workers=settings.num_workers)
+    # a rank that was spawned would spawn its workers as well, and each of them would import torch anew
+    context = "fork" if settings.num_workers else None
+    return StreamingDataLoader(dataset, num_workers=settings.num_workers, multiprocessing_context=context)
 
 
 def _train(model: nn.Module, loader: Iterable[tuple[TensorDict, Any]], lr: float) -> dict[str, Tensor]:

@@ -29,7 +29,9 @@ class BatchWorker:
         self.client = client
 
     def read(self, batch: KVBatchMeta, fields: Sequence[str]) -> DataProto:
-        return to_data_proto(self.client.kv_batch_get_by_meta(batch, list(fields)), batch.extra_info)
+        """All of these rows and fields; raises `KeyNotFound` or `UnknownName` for what is missing."""
+        rows = self.client.kv_batch_get(batch.keys, batch.partition_id, list(fields), strict=True)
+        return to_data_proto(rows, batch.extra_info)
 
     def write(
         self, batch: KVBatchMeta, result: DataProto, tags: Sequence[Mapping[str, Any]] | None = None

@@ -17,7 +17,7 @@ def staleness_of(step: int, batch: KVBatchMeta) -> Counter[int]:
     return Counter(step - tag["version"] for tag in batch.tags)
 
 
-class Ledger:
+class Tally:
     """What was trained on so far, by key."""
 
     def __init__(self, group_size: int, max_staleness: int) -> None:

@@ -40,7 +40,7 @@ def run(settings: Settings) -> bool:
             training_s = time.perf_counter() - started
             accounts = runtime.client.audit(PARTITION)["partitions"][PARTITION]
             report.show(settings, trainer.log, accounts, training_s)
-            trainer.ledger.check_accounts(accounts, generated)
+            trainer.tally.check_accounts(accounts, generated)
             checks = () if settings.smoke else success_checks(trainer.log.rewards, trainer.evaluate())
     finally:
         runtime.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipe.verl_style.bridge import METRICS, WorkerGroup
-from recipe.verl_style.checks import Ledger, staleness_of
+from recipe.verl_style.checks import Tally, staleness_of
 from recipe.verl_style.config import NUM_ACTORS, Settings
 from recipe.verl_style.protocol import from_data_proto
 from recipe.verl_style.replay import ReplayBuffer
@@ -38,7 +38,7 @@ class PPOTrainer:
         self._settings = settings
         self._client = runtime.client
         self.log = RunLog(settings.steps)
-        self.ledger = Ledger(settings.group_size, settings.max_staleness if settings.mode == "async" else 0)
+        self.tally = Tally(settings.group_size, settings.max_staleness if settings.mode == "async" else 0)
 
     def start(self, meeting_file: Path) -> None:
         """Start the workers, wait until all are ready, and publish the first weights."""
@@ -102,7 +102,7 @@ class PPOTrainer:
             with self.log.timed(name):
                 batch = group.dispatch(method, batch)
             metrics |= batch.extra_info.pop(METRICS)
-        self.ledger.check_step(step, batch, metrics)
+        self.tally.check_step(step, batch, metrics)
         with self.log.timed("publish"):
             self._client.kv_clear(batch.keys, PARTITION)
             self._client.set_policy_version(step + 1)  # before the weights: who waits for them asks then what it may do

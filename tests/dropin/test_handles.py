@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -167,6 +168,39 @@ def test_31_driver_chunks_workers_put_driver_joins(
     assert client.kv_retrieve_keys(global_indexes=joined.global_indexes, partition_id=partition) == keys
     assert client.get_data(joined)["y"].flatten().tolist() == [row * 10.0 for row in range(7)]
     assert joined.custom_meta == [{"n": row} for row in range(7)]
+
+
+def test_31_keys_of_rows(client: TransferQueueClient, partition: str) -> None:
+    """In the order asked, ints of any kind; a row without a key, or of another partition, is an error."""
+    rows = client.kv_retrieve_meta(["a", "b"], partition, create=True).global_indexes
+    for asked in (rows, np.array(rows), [np.int32(row) for row in rows]):
+        assert client.kv_retrieve_keys(asked, partition) == ["a", "b"]
+    assert client.kv_retrieve_keys(rows[1], partition) == client.kv_retrieve_keys(np.int64(rows[1]), partition) == ["b"]
+    without = client.put(batch(1), partition_id=partition).global_indexes
+    with pytest.raises(RuntimeError, match="no key"):
+        client.kv_retrieve_keys(rows + without, partition)
+    client.kv_put("a", f"{partition}_other", tag={})
+    with pytest.raises(RuntimeError, match=f"{partition}_other"):
+        client.kv_retrieve_keys(rows, f"{partition}_other")
+    for wrong, natural in (([], ValueError), ([0.5], TypeError), (["a"], TypeError)):
+        with pytest.raises(natural, match="global_indexes"):
+            client.kv_retrieve_keys(wrong, partition)
+    client.clear_partition(f"{partition}_other")
+
+
+def test_31_meta_of_keys(client: TransferQueueClient, partition: str) -> None:
+    """In the order asked, with the columns of all; missing keys are left out, or made."""
+    assert client.kv_retrieve_meta(["a"], partition).size == 0
+    client.kv_batch_put(["a", "b"], partition, batch(2), [{"n": 0}, {"n": 1}])
+    client.kv_put("a", partition, {"more": torch.ones(1)})
+    meta = client.kv_retrieve_meta(keys=["b", "none", "a"], partition_id=partition, create=False)
+    assert (meta.size, meta.field_names, meta.custom_meta) == (2, ["x"], [{"n": 1}, {"n": 0}])
+    assert client.get_data(meta)["x"].tolist() == [[1], [0]]
+    assert client.kv_retrieve_meta(["a"], partition).field_names == ["more", "x"]
+    made = client.kv_retrieve_meta(["c", "a"], partition, create=True)
+    assert (made.size, made.field_names) == (2, [])
+    assert client.kv_retrieve_keys(made.global_indexes, partition) == ["c", "a"]
+    assert list(client.kv_list(partition)[partition]) == ["a", "b", "c"]
 
 
 def test_31_a_put_returns_the_meta_that_it_was_given(client: TransferQueueClient, partition: str) -> None:

@@ -108,6 +108,15 @@ def test_05_a_second_init_warns_of_what_is_not_in_force(caplog: pytest.LogCaptur
     assert "controller.polling_mode is False, not True" in caplog.messages[0]
 
 
+def test_05_a_queue_that_is_started_warns_of_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQ_LAYOUT", "dense")
+    with caplog.at_level(logging.WARNING, "transfer_queue"):
+        assert tq.init({**EMBEDDED, "layout": "jagged"}).layout == "dense"
+    assert caplog.messages == []
+
+
 def test_06_attaching_returns_the_live_configuration(tmp_path: Path) -> None:
     conf = tq.init({**EMBEDDED, "layout": "jagged", "mine": {"a": 1}, "controller": {"polling_mode": True}})
     tq.get_client().put({"x": torch.arange(4)}, partition_id="p")

@@ -31,7 +31,7 @@ from transfer_queue.errors import (
     LeaseExpired,
     StaleSampleError,
 )
-from transfer_queue.messages import KeepCut
+from transfer_queue.messages import KeepCut, Reconcile
 from transfer_queue.runtime.embedded import EmbeddedRuntime
 
 Start = Callable[..., TransferQueueClient]
@@ -308,7 +308,7 @@ class TestHeld:
             client.put({"x": torch.zeros(64, 20_000)}, partition_id="new")
         return client, tmp_path / "c"
 
-    @pytest.mark.parametrize("how", ["it took too long", "the client was taken for dead"])
+    @pytest.mark.parametrize("how", ["it took too long", "the client was taken for dead", "a unit came back"])
     def test_a_cut_that_was_let_go_fails_the_save(self, saved: Any, how: str) -> None:
         """With a typed error, whatever was copied by then; the older checkpoint is as it was."""
         client, path = saved
@@ -321,7 +321,14 @@ class TestHeld:
                 copied += 1
                 if copied == 2:
                     cuts = service._cuts
-                    assert cuts.end_overdue(math.inf) if how == "it took too long" else cuts.end_of(*cuts.clients())
+                    match how:
+                        case "it took too long":
+                            assert cuts.end_overdue(math.inf)
+                        case "a unit came back":
+                            blocks = np.array(list(service.inspect(lambda ledger: ledger.blocks.cells)), np.int64)
+                            service.ask(Reconcile(unit=1, blocks=blocks))
+                        case _:
+                            assert cuts.end_of(*cuts.clients())
 
         with pytest.raises(LeaseExpired, match="not held any more"):
             run(self.meddled(checkpoint.save_checkpoint(client._core, path), end))
@@ -401,6 +408,13 @@ class TestDamaged:
         self.refused(client, path, f"{name} has {len(data) - 1} bytes instead of {len(data)}")
         (path / name).unlink()
         self.refused(client, path, f"{name} is missing")
+
+    def test_the_state_of_another_version(self, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It lacks what this one keeps, or has what this one does not know."""
+        client, path = saved
+        monkeypatch.setattr("transfer_queue.controller.checkpoint.FORMAT", 3)
+        with pytest.raises(InvalidArgument, match="has format 2, this version reads 3"):
+            client.load_checkpoint(path)
 
     def test_another_format(self, saved: Any) -> None:
         client, path = saved

@@ -84,6 +84,32 @@ def test_what_a_client_gives_up_while_its_unit_is_down_comes_back(queue: Watched
         client.close()
 
 
+def test_a_forked_child_ends_nothing_of_its_parent(queue: Watched) -> None:
+    """It drops the views that it inherits, and one of its own: that one's pin ends, the parent's stays."""
+    client = tq.TransferQueueClient("c", queue.info)
+    try:
+        meta = client.put({"x": torch.ones(16, 64, 256)}, partition_id="p")
+        views = [client.get_data(meta, copy=False)["x"]]
+        pins = queue.figures()[1]
+        pid = os.fork()
+        if pid == 0:
+            try:
+                own = client.get_data(meta, copy=False)["x"]
+                del own
+                views.clear()
+                client.close()  # waits until what is due is told
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        wait_until(lambda: queue.figures()[1] <= pins)
+        assert queue.figures()[1] == pins == 1
+        client.clear_partition("p")
+        client.put({"x": torch.full((16, 64, 256), 7.0)}, partition_id="q")
+        assert bool((views[0] == 1).all())
+    finally:
+        client.close()
+
+
 def test_the_span_of_a_killed_producer_on_another_host_comes_free(queue: Watched) -> None:
     """It speaks TCP only, so that nobody can look at its process: the server finds that its connection is gone."""
     code = """

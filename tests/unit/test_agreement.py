@@ -109,3 +109,25 @@ def test_the_first_one_is_not_tried_again(service: Service, agreement: Agreement
     with pytest.raises(ConnectionLost):
         agreement.make(3)
     assert len(service.calls) == 1
+
+
+def test_who_is_given_up_while_it_agrees_for_the_first_time_agrees_again(
+    service: Service, agreement: Agreement
+) -> None:
+    """Under the number that it has by then; what was said before it began is what it agrees on."""
+    agreement.announced(GIVEN_UP)
+    service.held.clear()
+    first = threading.Thread(target=agreement.make, args=(3,))
+    first.start()
+    wait_for(lambda: len(service.calls) == 1)
+    agreement.announced(Announced(number=5, given_up=True))
+    service.held.set()
+    first.join()
+    wait_for(lambda: service.number == 5)
+    assert len(service.calls) == 2
+
+
+def test_what_was_said_before_the_first_one_began_is_not_sought_again(service: Service, agreement: Agreement) -> None:
+    agreement.announced(GIVEN_UP)
+    agreement.make(3)
+    assert len(service.calls) == 1 and service.number == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from transfer_queue.messages import (
     Unpin,
 )
 from transfer_queue.storage.unit import UnitService
+from transfer_queue.wire import grants
+from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.grants import Grants
@@ -152,9 +155,43 @@ def test_an_abort_arrives_although_the_unit_was_away(place: Place, peer: Peer) -
     assert peer.unput == set()
     aborted: list[int] = []
     place.start()
-    place.service._space.free = lambda blocks: aborted.extend(blocks.tolist())  # type: ignore[method-assign]
+    place.service._space.abort = lambda client, blocks: aborted.extend(blocks.tolist())  # type: ignore[method-assign]
     until(lambda: aborted == [span.first_block])
-    del place.service._space.free
+    del place.service._space.abort
+
+
+@pytest.mark.parametrize("face", ["blocking", "awaitable"])
+@pytest.mark.parametrize("other", [False, True])
+def test_an_abort_that_was_lost_on_its_way_comes_with_the_next_use(
+    place: Place, face: str, other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over TCP nobody is told that the connection broke with it. `other`: the next use is of another link."""
+    aborted: list[int] = []
+    abort = place.service._space.abort
+    monkeypatch.setattr(place.service._space, "abort", lambda *what: (aborted.extend(what[1].tolist()), abort(*what)))
+
+    async def use() -> None:
+        await peer.acall(GetUnitStats(), WAIT_S)
+
+    with contextlib.closing(Peer.at(place.server.address, token=TOKEN, client_id="far")) as peer:
+        block = reserve(peer, holder=ELSEWHERE).first_block
+        [link] = peer._pool._idle
+        with monkeypatch.context() as broken:
+            broken.setattr(link, "_send", lambda frames, hold=False: None)
+            peer.notify(AbortBlocks(blocks=ids(block)))
+        assert peer._pool._idle == [link]
+        if other:
+            peer._pool._idle.append(peer._pool._open_link(peer._pool.bell.fd, peer._pool.grants.preface))
+        else:
+            link._introduction.lost()
+            link._greet()
+        for turn in range(2):
+            if face == "awaitable":
+                asyncio.run(use())
+            else:
+                peer.begin(GetUnitStats()).result(WAIT_S)
+            assert aborted == [block], turn  # an answer shows that it arrived
+        assert link.take_kept() == []
 
 
 def test_every_connection_begins_with_what_is_held(place: Place, peer: Peer) -> None:
@@ -187,7 +224,7 @@ def test_every_connection_begins_with_what_is_held(place: Place, peer: Peer) -> 
 def test_a_peer_that_is_closed_leaves_nothing(place: Place, peer: Peer) -> None:
     """The unit died with the last message unread in its socket: who closes the peer tells it again."""
     span = reserve(peer)
-    place.service._space.return_span = lambda number: None  # type: ignore[method-assign]
+    place.service._space.return_span = lambda *which: None  # type: ignore[method-assign]
     peer.notify(ReturnSpan(span=span.span))
     place.die()
     peer.close()
@@ -202,11 +239,52 @@ def test_a_unit_that_is_gone_for_good_is_not_waited_for(place: Place, peer: Peer
     place.close()
     (place.folder / "request").unlink(missing_ok=True)
     peer.notify(ReturnSpan(span=span.span))
-    assert any(thread.name == "tq-courier" for thread in threading.enumerate())
+    assert couriers()
     for path in place.folder.iterdir():
         path.unlink()
     place.folder.rmdir()
-    until(lambda: not any(thread.name == "tq-courier" for thread in threading.enumerate()))
+    until(lambda: not couriers())
+
+
+def test_a_unit_that_never_returns_is_not_waited_for_for_ever(
+    place: Place, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is kept for the next process. While the client is open the thread goes on; then it ends some time."""
+    monkeypatch.setattr(grants, "_LAST_TRIES_S", 0.2)
+    monkeypatch.setattr(grants, "_WAIT_S", 0.01)
+    span = reserve(peer)
+    place.die()
+    peer.notify(ReturnSpan(span=span.span))
+    time.sleep(0.3)
+    assert couriers() == 1
+    peer.close()
+    until(lambda: couriers() == 0)
+    place.start()
+
+
+def test_a_message_is_delivered_when_there_is_a_descriptor_again(
+    place: Place, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one the thread that would tell the unit waits."""
+    span = reserve(peer)
+    failures = [OSError(errno.EMFILE, "Too many open files")] * 2
+
+    def bell() -> Bell:
+        if failures:
+            raise failures.pop()
+        return Bell()
+
+    monkeypatch.setattr(grants, "Bell", bell)
+    monkeypatch.setattr(grants, "_WAIT_S", 0.05)
+    place.die()
+    peer.notify(ReturnSpan(span=span.span))
+    place.start()
+    until(lambda: place.has(0, 0) and not couriers())
+    assert failures == []
+
+
+def couriers() -> int:
+    return sum(thread.name == "tq-courier" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("face", ["blocking", "awaitable"])
@@ -271,25 +349,25 @@ def _peer_of(kind: type, place: Place, client_id: str) -> Any:
 def test_requests_are_named_from_before_they_are_sent_until_they_are_given_back() -> None:
     """Under way, granted, given back; a request that was granted nothing is not named."""
     known = RequestIds()
-    grants = Grants(known)
-    assert grants.preface() is None
+    noted = Grants(known)
+    assert noted.preface() is None
 
     def named() -> set[int]:
         before, under_way = known.under_way()
         assert all(number < before for number in under_way)
-        return {*under_way, *grants._held.values()}
+        return {*under_way, *noted._held.values()}
 
     number, _ = known.take()
     assert named() == {number}
     request = Reserve(size_bytes=1, holder=process_id(), timeout_s=0.0)
     reserved = Reserved(span=7, first_block=1, arena="", offset=0, size_bytes=1)
-    grants.concluded(request, number, reserved)
+    noted.concluded(request, number, reserved)
     known.answered(number)
-    assert named() == {number} and grants.used
-    assert not grants.given_back(Fetch(blocks=ids(), slots=ids(), fields=(), max_bytes=1))
-    assert grants.given_back(ReturnSpan(span=7)) and named() == set()
-    assert grants.given_back(AbortBlocks(blocks=np.empty(0, np.int64)))
+    assert named() == {number} and noted.used
+    assert not noted.given_back(Fetch(blocks=ids(), slots=ids(), fields=(), max_bytes=1))
+    assert noted.given_back(ReturnSpan(span=7)) and named() == set()
+    assert noted.given_back(AbortBlocks(blocks=np.empty(0, np.int64)))
     other, _ = known.take()
-    grants.concluded(request, other, None)
+    noted.concluded(request, other, None)
     known.answered(other)
-    assert named() == set() and grants.preface() is not None
+    assert named() == set() and noted.preface() is not None

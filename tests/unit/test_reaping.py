@@ -189,6 +189,33 @@ def test_a_request_that_comes_again_replaces_its_grant(unit: ReturningUnit) -> N
     assert unit.stats()["spans"] == 2
 
 
+def test_nobody_ends_what_was_granted_to_another(unit: ReturningUnit) -> None:
+    """A forked child has the numbers of its parent's grants, and a name of its own; also after a restart."""
+    block = unit.commit(rows(1, 100))
+    parent, child = Client(unit, "c/1"), Client(unit, "c/2")
+    span, pinned = parent.reserve(), parent.pin(block)
+    unput, _ = write(span)
+    for _ in range(2):
+        for message in (Unpin(pin=pinned.pin), ReturnSpan(span=span.span), AbortBlocks(blocks=ids(unput, block))):
+            child.submit(message)
+        with pytest.raises(BlockLost, match="not lent"):
+            child.ask(Write(span=span.span, offset=0, frames=(b"x",)))
+        assert figures(unit) == (1, 1, 2)
+        unit.come_back()
+    for message in (Unpin(pin=pinned.pin), AbortBlocks(blocks=ids(unput)), ReturnSpan(span=span.span)):
+        parent.submit(message)
+    assert figures(unit) == (0, 0, 1)
+
+
+def test_nothing_is_written_where_a_block_was_given_up(unit: ReturningUnit) -> None:
+    """A write that is overtaken by the abort of its block would hit bytes that may be another's."""
+    client = Client(unit, "far", ELSEWHERE)
+    span = put_elsewhere(client)
+    client.submit(AbortBlocks(blocks=ids(span.first_block)))
+    with pytest.raises(BlockLost, match="given up"):
+        client.ask(Write(span=span.span, offset=0, frames=(b"x",)))
+
+
 # ---------------------------------------------------------------- blocks that are in no put
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import socket
 import stat
@@ -84,6 +85,26 @@ def test_the_port_is_not_one_for_outgoing_connections(server: Server) -> None:
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     assert host == "127.0.0.1"
     assert not low <= int(port) <= high
+
+
+def test_a_socket_that_cannot_be_watched_leaves_no_file(
+    handler: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the server had never been: no file that clients would wait at, and the next one starts."""
+    path = str(tmp_path / "socket")
+    add = Watch.add
+
+    def fail(watch: Watch, fd: int, ready: Any) -> None:
+        if os.path.exists(path):
+            raise OSError(errno.ENOSPC, "too many watches")
+        add(watch, fd, ready)
+
+    with monkeypatch.context() as short:
+        short.setattr(Watch, "add", fail)
+        with pytest.raises(ConnectionLost, match="too many watches"):
+            Server(handler, TOKEN, local_path=path, tcp_host=None)
+    assert not os.path.exists(path)
+    Server(handler, TOKEN, local_path=path, tcp_host=None).close()
 
 
 def test_tcp_and_unix_can_be_left_out(handler: Recorder, tmp_path: Path) -> None:

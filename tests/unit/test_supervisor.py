@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transfer_queue.runtime.supervisor import Restarts, Starts
+from transfer_queue.ledger import Ledger
+from transfer_queue.runtime.servers import ControllerServer
+from transfer_queue.runtime.supervisor import PATIENCE_S, RETURN_S, START_TIMEOUT_S, Restarts, Starts
 
 
 def test_the_first_restart_is_at_once_and_later_ones_wait_longer() -> None:
@@ -43,3 +45,13 @@ def test_a_start_that_succeeds_makes_patience_new() -> None:
     starts.succeeded()
     assert (starts.failed, starts.last_error) == (0, "")
     assert starts.next_pause_s("full", 100.0) == 0.1
+
+
+def test_a_unit_that_may_yet_be_started_is_not_given_up() -> None:
+    """The controller waits for as long as the supervisor tries, and for the last start."""
+    assert RETURN_S >= PATIENCE_S + START_TIMEOUT_S
+    server = ControllerServer(Ledger(), host="127.0.0.1")
+    try:
+        assert server.service._unit_return_s == RETURN_S
+    finally:
+        server.close()

@@ -31,7 +31,7 @@ from transfer_queue.client.outcomes import concluded
 from transfer_queue.client.steps import Call, Operation
 from transfer_queue.client.writing import new_rows, put_handle, put_rows
 from transfer_queue.config import layout_in_force
-from transfer_queue.errors import GetMetaTimeout, InvalidArgument, StaleSampleError, UnknownName
+from transfer_queue.errors import GetMetaTimeout, InvalidArgument, StaleSampleError, UnknownName, WrongType
 from transfer_queue.messages import Draw, Drawn, ListPartitions, Locate, Location, Names
 from transfer_queue.metadata import BatchMeta
 
@@ -181,8 +181,11 @@ def kv_retrieve_meta(
 
 
 def kv_retrieve_keys(core: ClientCore, global_indexes: Sequence[int] | int, partition_id: str) -> Operation[list[str]]:
-    """The keys of these rows, in order. Raises `UnknownName` for a row without one."""
-    rows = np.atleast_1d(np.asarray(global_indexes, dtype=np.int64))
+    """The keys of these rows, in order. Raises `UnknownName` for a row without one, or of another partition."""
+    rows = np.atleast_1d(np.asarray(global_indexes))
+    if len(rows) and rows.dtype.kind not in "iu":
+        raise WrongType(f"global_indexes must be ints, not {global_indexes!r:.200}")
+    rows = rows.astype(np.int64)
     if not len(rows):
         raise InvalidArgument("global_indexes must not be empty")
     request = Locate(partition_id=partition_id, global_step=None, indexes=rows, generations=None, keys=None, fields=())

@@ -80,7 +80,8 @@ def check_production_status(
 ) -> Operation[bool]:
     """Whether the partition has rows, none are to come, and all of them have these fields.
 
-    To come are those that TQ_PRE_ALLOC_SAMPLE_NUM said at the controller when the partition began, less those that came.
+    To come are those that TQ_PRE_ALLOC_SAMPLE_NUM said at the controller when the partition began, less those that
+    came.
     """
     status = yield from _status(core, partition_id, None, names_of("data_fields", data_fields), timeout)
     return _is_whole(status) and bool(status.production.all())

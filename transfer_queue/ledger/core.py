@@ -363,8 +363,7 @@ class Ledger:
         """Take the state of a checkpoint in place of all that is there; return how many samples it has.
 
         Block `old[i]` of it is `new[i]` now. What was there is freed; who waits is looked at again. Raises with
-        everything as before. Not among the `records`: write the new state down as a whole. Done again, because nobody
-        knew that it was done, it changes nothing.
+        everything as before. Not among the `records`: write the new state down whole. Done again, it changes nothing.
         """
         before = self.state()
         gone = np.setdiff1d(np.array(list(self.blocks.cells), np.int64), new)

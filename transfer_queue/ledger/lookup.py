@@ -67,6 +67,8 @@ class Lookup:
             if generations is None:
                 generations = np.full_like(request.indexes, ANY_GENERATION)
             self._rows.table.check_fresh(request.indexes, generations)
+            if request.generations is None and request.partition_id is not None:
+                self._check_owner(request.indexes, request.partition_id)
             return request.partition_id or "", request.indexes
         name = self._rows.name(request.partition_id, request.global_step)
         partition = self._rows.partitions.get(name)
@@ -81,6 +83,12 @@ class Lookup:
                 keys=missing,
             )
         return name, np.array([known[key] for key in request.keys if key in known], dtype=np.int64)
+
+    def _check_owner(self, rows: Int64s, name: str) -> None:
+        """Rows named by numbers alone are those of one partition."""
+        elsewhere = [partition.name for partition, _ in self._rows.owners(rows) if partition.name != name]
+        if elsewhere:
+            raise UnknownName(f"of {len(rows)} samples some are not in partition {name!r}, but in {elsewhere[:10]}")
 
     def _fields(self, request: Locate, rows: Int64s, owners: list[Partition]) -> tuple[str, ...]:
         known = {name: None for partition in owners for name in partition.fields}

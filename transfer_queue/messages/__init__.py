@@ -27,6 +27,7 @@ from transfer_queue.messages.base import (
     UNIT_SHIFT,
     Frames,
     Int64s,
+    int64s_of,
     message,
 )
 from transfer_queue.messages.controller import (
@@ -250,5 +251,6 @@ __all__ = [
     "WaitKeys",
     "Withdraw",
     "Write",
+    "int64s_of",
     "message",
 ]

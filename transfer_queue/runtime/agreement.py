@@ -30,33 +30,37 @@ class Agreement:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._made = False  # the first one
-        self._asked = 0  # how often it was asked for another one
+        self._asked = 0  # how often the controller said that the unit is given up
+        self._number: int | None = None  # that the controller said last
         self._thread: threading.Thread | None = None  # works on it
 
     def __repr__(self) -> str:
         return f"<Agreement of storage unit {self._unit_id}: {'sought' if self._thread else 'made'}>"
 
     def make(self, number: int) -> None:
-        """Agree for the first time; if the controller dies meanwhile, with its successor. Raises if that fails."""
+        """Agree for the first time; if the controller dies meanwhile, with its successor. Raises if that fails.
+
+        If the controller gave the unit up meanwhile, another agreement is sought, as `announced` says.
+        """
+        asked = self._asked
         self._agree(number)
-        self._made = True
+        with self._lock:
+            self._made = True
+            if asked != self._asked or self._number not in (None, number):
+                self._agree_anew()
 
     def announced(self, answer: Announced) -> None:
         """The controller was restarted, or met again. If it had given the unit up, agree anew, for as long as it takes.
 
         Until then writers wait.
         """
-        if not self._made:
-            return
         with self._lock:
+            self._number = answer.number
+            self._asked += answer.given_up
+            if not self._made:
+                return
             if answer.given_up:
-                self._asked += 1
-                self._service.number = 0
-                if self._thread is None and not self._ended.is_set():
-                    self._thread = threading.Thread(
-                        target=self._seek, args=(answer.number,), name="tq-agreement", daemon=True
-                    )
-                    self._thread.start()
+                self._agree_anew()
             elif self._thread is None:
                 self._service.number = answer.number
 
@@ -68,11 +72,20 @@ class Agreement:
         if thread is not None:
             thread.join()
 
-    def _seek(self, number: int) -> None:
+    def _agree_anew(self) -> None:
+        """Begin to; called with the lock held."""
+        self._service.number = 0
+        if self._thread is None and not self._ended.is_set():
+            self._thread = threading.Thread(target=self._seek, name="tq-agreement", daemon=True)
+            self._thread.start()
+
+    def _seek(self) -> None:
         """Try until it succeeds; once more if it was asked for meanwhile."""
         pause_s = self._first_pause_s
         while not self._ended.is_set():
-            asked = self._asked
+            with self._lock:
+                asked, number = self._asked, self._number
+            assert number is not None
             try:
                 self._agree(number)
             except TransferQueueError as error:
@@ -81,7 +94,7 @@ class Agreement:
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
             with self._lock:
-                if asked == self._asked:
+                if asked == self._asked and number == self._number:
                     self._thread = None
                     return
 

@@ -15,7 +15,7 @@ from transfer_queue.config import Settings
 from transfer_queue.errors import CapacityExceeded
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime.endpoint import ENDPOINT_FILE, EndpointFile
-from transfer_queue.runtime.supervisor import Child, Restarts
+from transfer_queue.runtime.supervisor import START_TIMEOUT_S, Child, Restarts
 from transfer_queue.samplers.description import describe
 from transfer_queue.wire.folder import ServerFolder, folder_path
 from transfer_queue.wire.holders import process_id, to_record
@@ -23,7 +23,6 @@ from transfer_queue.wire.holders import process_id, to_record
 log = logging.getLogger("transfer_queue")
 
 _STATUS_FILE = "status.json"
-_START_TIMEOUT_S = 60.0
 
 
 class ProcessesRuntime:
@@ -113,7 +112,7 @@ class ProcessesRuntime:
 
     def _start(self, name: str, order: dict[str, Any], restarts: Restarts) -> Child:
         order = {**order, "supervisor": self._supervisor}
-        child = Child(name, order, self._note, restarts=restarts, start_timeout_s=_START_TIMEOUT_S)
+        child = Child(name, order, self._note, restarts=restarts, start_timeout_s=START_TIMEOUT_S)
         self.children.append(child)
         return child
 

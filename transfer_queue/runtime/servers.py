@@ -37,6 +37,7 @@ from transfer_queue.messages import (
 )
 from transfer_queue.metadata import Role, ZMQServerInfo
 from transfer_queue.runtime.agreement import Agreement
+from transfer_queue.runtime.supervisor import RETURN_S
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.channel import Peer
 from transfer_queue.wire.curve import CurveKeys
@@ -134,7 +135,7 @@ class ControllerServer:
         """
         self._started = time.monotonic()
         self._metering: Metering | None = None
-        self.service = ControllerService(ledger)
+        self.service = ControllerService(ledger, unit_return_s=RETURN_S)
         self._handler: Handler = self.service
         self._defaults = defaults
         self.folder = ServerFolder("controller", key=key, supervisor=supervisor)

@@ -24,11 +24,15 @@ log = logging.getLogger("transfer_queue")
 MOST_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
 PATIENCE_S = 60.0
+START_TIMEOUT_S = 60.0
 
 _LONGEST_PAUSE_S = 2.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_START_PAUSE_S = 10.0
 _END_S = 10.0  # for a child to end by itself
+
+RETURN_S = _LONGEST_PAUSE_S + PATIENCE_S + START_TIMEOUT_S
+"""How long after the death of a child its successor may come: a pause, starts that fail, and the last one."""
 
 
 class Restarts:

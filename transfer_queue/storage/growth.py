@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
 
 from transfer_queue.errors import CapacityExceeded
 from transfer_queue.storage.arena import Arena, Arenas
+from transfer_queue.storage.beside import Beside
 
 _RETRY_S = 1.0
 
 
 class Growth:
-    """One arena at a time. Every method is called with `lock` held; `grown` is called without it.
+    """One arena at a time. Every method but `close` is called with `lock` held; `grown` is called without it.
 
     full   why the last attempt failed; None: it did not
     """
@@ -22,14 +22,13 @@ class Growth:
         self,
         arenas: Arenas,
         lock: threading.Lock,
-        beside: Executor,
         grown: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self.full: CapacityExceeded | None = None
         self._arenas = arenas
         self._lock = lock
-        self._beside = beside
+        self._beside = Beside(1, "tq-grow")  # its own: other work may wait for the controller
         self._grown = grown
         self._clock = clock
         self._growing = False
@@ -55,21 +54,27 @@ class Growth:
     def stop(self) -> None:
         self._stopped = True
 
+    def close(self) -> None:
+        """Wait for the arena that is being made. May be called twice."""
+        self._beside.close()
+
     def _make(self, size_bytes: int) -> None:
+        arena = full = None
         try:
             arena = self._filled(size_bytes)
         except (CapacityExceeded, OSError) as error:
+            full = error if isinstance(error, CapacityExceeded) else _not_made(size_bytes, error)
+        finally:
             with self._lock:
                 self._growing = False
-                self._arenas.give_up(size_bytes)
-                self.full = error if isinstance(error, CapacityExceeded) else _not_made(size_bytes, error)
-                self._retry_at = self._clock() + _RETRY_S
-            return
-        with self._lock:
-            self._growing = False
-            self.full = None
-            self._arenas.add(arena)
-        self._grown()
+                self.full = full
+                if arena is None:
+                    self._arenas.give_up(size_bytes)
+                    self._retry_at = self._clock() + _RETRY_S
+                else:
+                    self._arenas.add(arena)
+        if arena is not None:
+            self._grown()
 
     def _filled(self, size_bytes: int) -> Arena:
         arena = self._arenas.create(size_bytes)

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import TypeAlias
 
 import numpy as np
 
 from transfer_queue.errors import TransferQueueError
 from transfer_queue.messages import Int64s, Reconcile, Reconciled, StillHeld
+from transfer_queue.storage.beside import Beside
 from transfer_queue.storage.returning import AskController
 from transfer_queue.storage.space import UnitSpace
 from transfer_queue.storage.spans import Span
@@ -44,7 +44,7 @@ class Reaper:
     """
 
     def __init__(
-        self, space: UnitSpace, lock: threading.Lock, beside: Executor, settle: Settle | None, freed: Callable[[], None]
+        self, space: UnitSpace, lock: threading.Lock, beside: Beside, settle: Settle | None, freed: Callable[[], None]
     ) -> None:
         self.clients = space.holders()[1]
         self._space = space
@@ -136,19 +136,25 @@ class Reaper:
         """Free what a dead writer sealed and never committed; if that cannot be learnt now, it is asked again."""
         with self._lock:
             blocks = np.array([block.block_id for span in spans for block in span.blocks.values()], np.int64)
-        lost = self._not_put(blocks)
-        with self._lock:
-            self._space.settle(spans, lost)
+        lost = None
+        try:
+            lost = self._not_put(blocks)
+        finally:
+            with self._lock:
+                self._space.settle(spans, lost)
         self._freed()
 
     def _settle_blocks(self, blocks: Int64s) -> None:
         """The same for blocks that living writers do not name."""
-        lost = self._not_put(blocks)
-        with self._lock:
-            self._settling.difference_update(blocks.tolist())
-            if lost is not None and self._unput is not None:
-                self._unput.difference_update(blocks.tolist())
-                self._space.free(lost)
+        lost = None
+        try:
+            lost = self._not_put(blocks)
+        finally:
+            with self._lock:
+                self._settling.difference_update(blocks.tolist())
+                if lost is not None and self._unput is not None:
+                    self._unput.difference_update(blocks.tolist())
+                    self._space.free(lost)
         self._freed()
 
     def _not_put(self, blocks: Int64s) -> Int64s | None:

@@ -120,9 +120,7 @@ def misplaced(block: StoredBlock, readable: Block) -> bool:
 
 
 def _empty(arenas: Arenas, known: Known) -> UnitSpace:
-    space = UnitSpace(
-        arenas, known.life or secrets.token_hex(8), next_span=known.next_span, next_pin=known.next_pin
-    )
+    space = UnitSpace(arenas, known.life or secrets.token_hex(8), next_span=known.next_span, next_pin=known.next_pin)
     if known.life is None:
         space.facts.append((Kind.LIFE, space.life))
     space.lost, space.lost_spans = set(known.lost), set(known.lost_spans)

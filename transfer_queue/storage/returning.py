@@ -128,7 +128,9 @@ class Returning:
         space.free(int64s_of(block_id for block_id in blocks[~used].tolist() if block_id in settled))
         whole = np.isin(found.cleared_blocks, int64s_of(missing), invert=True)
         cleared = found.cleared_blocks[whole], found.cleared_slots[whole]
-        space.free_slots(FreeBlocks(sequence=0, blocks=int64s_of(()), partial_blocks=cleared[0], partial_slots=cleared[1]))
+        space.free_slots(
+            FreeBlocks(sequence=0, blocks=int64s_of(()), partial_blocks=cleared[0], partial_slots=cleared[1])
+        )
         self._save()
         return missing
 

@@ -76,11 +76,13 @@ class UnitSpace:
         self._note_granted(asked, self.spans[number])
         return Reserved(span=number, first_block=first, arena=arena.path, offset=offset, size_bytes=size)
 
-    def write(self, number: int, offset: int, frames: Iterable[Bytes]) -> int:
-        """Copy frames into an open span; return the bytes written."""
+    def write(self, number: int, offset: int, frames: Iterable[Bytes], client: str) -> int:
+        """Copy frames into an open span that was lent to this client; return the bytes written."""
         span = self.spans.get(number)
-        if span is None or not span.open:
+        if span is None or not span.open or not _is_of(span, client):
             raise BlockLost(f"span {number} is not lent any more: its writer was taken for dead; put again")
+        if span.end[0] > len(span.blocks):  # bytes of it may be another's by now
+            raise BlockLost(f"a block of span {number} was given up, so nothing is written there any more; put again")
         parts = list(frames)
         size = sum(part.nbytes for part in parts)
         if offset < 0 or offset + size > span.size_bytes:
@@ -91,25 +93,26 @@ class UnitSpace:
             at += part.nbytes
         return size
 
-    def return_span(self, number: int) -> None:
-        """The holder carves no more; unknown spans are ignored."""
+    def return_span(self, number: int, client: str | None = None) -> None:
+        """The holder carves no more. Ignored if there is no such span, or if it is not of this client (None: any)."""
         span = self.spans.get(number)
-        if span is not None:
+        if span is not None and _is_of(span, client):
             self._finish(span)
             self._forget_empty(span)
+
+    def abort(self, client: str, blocks: Int64s) -> None:
+        """A client will not put these blocks; those in spans of others, and unknown ones, are ignored."""
+        for block_id in blocks.tolist():
+            found = self.find(block_id)
+            if found is not None and _is_of(found[0], client):
+                self._free(*found)
 
     def free(self, blocks: Int64s) -> None:
         """Nobody points to these blocks any more; unknown ones are ignored."""
         for block_id in blocks.tolist():
             found = self.find(block_id)
-            if found is None or found[1].freed:
-                continue
-            span, block = found
-            block.freed = True
-            if block.pins:
-                self.facts.append((Kind.FREED, block_id))
-            else:
-                self._drop(span, block)
+            if found is not None:
+                self._free(*found)
 
     def free_slots(self, message: FreeBlocks) -> None:
         """Nobody points to these rows any more; unknown ones are ignored.
@@ -170,11 +173,12 @@ class UnitSpace:
             freed_slots=np.concatenate([np.empty(0, np.int64), *cleared.values()]),
         )
 
-    def unpin(self, number: int) -> None:
-        """The end of a pin; unknown ones are ignored."""
-        hold = self.pins.pop(number, None)
-        if hold is None:
+    def unpin(self, number: int, client: str | None = None) -> None:
+        """The end of a pin. Ignored if there is no such pin, or if it is not of this client (None: any)."""
+        hold = self.pins.get(number)
+        if hold is None or not _is_of(hold, client):
             return
+        del self.pins[number]
         self.facts.append((Kind.UNPIN, number))
         self._forget_granted(hold.asked)
         for block in hold.blocks:
@@ -326,6 +330,15 @@ class UnitSpace:
         places = [found[block_id] for block_id in blocks]
         return [place[1] for place in places if place is not None]
 
+    def _free(self, span: Span, block: StoredBlock) -> None:
+        if block.freed:
+            return
+        block.freed = True
+        if block.pins:
+            self.facts.append((Kind.FREED, block.block_id))
+        else:
+            self._drop(span, block)
+
     def _drop(self, span: Span, block: StoredBlock) -> None:
         block.give_back_all()
         self.facts.append((Kind.DROPPED, block.block_id))
@@ -345,3 +358,8 @@ class UnitSpace:
 
 def _same(one: ProcessId | None, other: ProcessId) -> bool:
     return one is not None and (one.host, one.pid, one.start_time) == (other.host, other.pid, other.start_time)
+
+
+def _is_of(what: Span | Hold, client: str | None) -> bool:
+    """Whether this was granted to the client; a forked child, which is another one, may name what its parent has."""
+    return client is None or what.asked[0] == client

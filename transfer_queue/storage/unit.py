@@ -25,7 +25,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +53,7 @@ from transfer_queue.messages import (
     Write,
 )
 from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arenas, free_bytes, no_memory
+from transfer_queue.storage.beside import Beside
 from transfer_queue.storage.block import aligned
 from transfer_queue.storage.facts import Asked, Fact, Known
 from transfer_queue.storage.figures import figures, no_space, rss_bytes
@@ -117,10 +117,11 @@ class UnitService:
             half_made.callback(self._leave_arenas, keep=bool(known.arenas))
             self._space, self.lost_blocks = rebuild(self._arenas, known)
             self.recovered = sum(len(span.blocks) for span in self._space.spans.values())
-            self._beside = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tq-unit")
-            half_made.callback(self._beside.shutdown)
+            self._beside = Beside(2, "tq-unit")
+            half_made.callback(self._beside.close)
             self._reaper = Reaper(self._space, self._lock, self._beside, settle, self._serve)
-            self._growth = Growth(self._arenas, self._lock, self._beside, self._serve, clock)
+            self._growth = Growth(self._arenas, self._lock, self._serve, clock)
+            half_made.callback(self._growth.close)
             with self._lock:
                 self._save()
             if not self._arenas.members:
@@ -242,7 +243,8 @@ class UnitService:
             self._waiting, self._unconfirmed = [], []
         error = ConnectionLost("the storage unit was closed while this request waited")
         _answer_all([(ticket, error) for ticket in tickets])
-        self._beside.shutdown(wait=True, cancel_futures=True)
+        self._beside.close()
+        self._growth.close()
         with self._lock:
             self._leave_arenas(keep=keep)
             if self._log is not None:
@@ -276,18 +278,18 @@ class UnitService:
                 self._check_room(blocks=len(request.blocks))
                 return self._space.pin(request.blocks, request.holder, asked)
             case Unpin():
-                return self._space.unpin(request.pin)
+                return self._space.unpin(request.pin, ticket.client_id)
             case ReturnSpan():
-                return self._space.return_span(request.span)
+                return self._space.return_span(request.span, ticket.client_id)
             case Write():
                 frames = (np.frombuffer(frame, np.uint8) for frame in request.frames if len(frame))
-                return Done(count=self._space.write(request.span, request.offset, frames))
+                return Done(count=self._space.write(request.span, request.offset, frames, ticket.client_id))
             case Fetch():
                 return pack(self._space, request)
             case ReadBlock():
                 return piece(self._space, request)
             case AbortBlocks():
-                return self._space.free(request.blocks)
+                return self._space.abort(ticket.client_id, request.blocks)
             case StillHeld():
                 return self._reaper.take(ticket.client_id, request)
             case FreeBlocks():
@@ -383,9 +385,11 @@ class UnitService:
             self._beside.submit(self._shorten, self._log.begin_snapshot(), all_facts(self._space))
 
     def _shorten(self, writer: SnapshotWriter, facts: list[Fact]) -> None:
-        FactLog.finish_snapshot(writer, facts)
-        with self._lock:
-            self._shortening = False
+        try:
+            FactLog.finish_snapshot(writer, facts)
+        finally:
+            with self._lock:
+                self._shortening = False
 
 
 _FREEING = (ReturnSpan, AbortBlocks, FreeBlocks, Unpin, StillHeld)

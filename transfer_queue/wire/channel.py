@@ -23,7 +23,7 @@ from transfer_queue.wire.curve import check_key
 from transfer_queue.wire.grants import GRANTED
 from transfer_queue.wire.link import Link
 from transfer_queue.wire.pool import LoopLink, Pool
-from transfer_queue.wire.ports import choose_address
+from transfer_queue.wire.ports import choose_address, is_unix_address
 from transfer_queue.wire.requests import GIVEN_BACK, REMEMBERED, name_on_wire
 from transfer_queue.wire.stream import LINGER_S
 from transfer_queue.wire.ticket import Answer
@@ -124,25 +124,27 @@ class Peer:
     def notify(self, request: Request) -> None:
         """Send a one-way message. It may get lost with the connection, and is lost if there is none in 2 s.
 
-        What gives back a grant is not lost, see `wire.grants`, and needs no connection: the peer may be closed.
+        What gives back a grant is not lost, see `wire.grants`, and needs no connection: the peer may be closed. An
+        abort that may not have arrived over TCP is sent again with the next use of this peer.
         """
         pool = self._pool_now()
         gives_back = pool.grants.given_back(request)
         frames = encode_message(request)
         unsaid = frames if isinstance(request, AbortBlocks) else None  # of others it is enough that they are not held
+        keep = unsaid is not None and not is_unix_address(self.address)  # else the courier has it
         if gives_back and pool.closed:
             pool.courier.send(unsaid)
             return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            sent = self._notify_from_thread(pool, frames, INTRODUCTION_S if gives_back else NOTIFY_S)
+            sent = self._notify_from_thread(pool, frames, INTRODUCTION_S if gives_back else NOTIFY_S, keep=keep)
         else:
-            sent = pool.for_loop(loop).notify(frames)
+            sent = pool.for_loop(loop).notify(frames, keep=keep)
         if gives_back and not sent:
             pool.courier.send(unsaid)
 
-    def _notify_from_thread(self, pool: Pool, frames: list[Any], timeout_s: float) -> bool:
+    def _notify_from_thread(self, pool: Pool, frames: list[Any], timeout_s: float, *, keep: bool) -> bool:
         """Return whether there is a connection for it, as far as is known."""
         link = pool.for_thread()
         deadline = time.monotonic() + timeout_s
@@ -150,8 +152,10 @@ class Peer:
             while not link.introduced and not pool.closed and (left_s := deadline - time.monotonic()) > 0:
                 link.wait(left_s)
             if not link.introduced:
+                if keep:
+                    pool.keep(frames)
                 return False
-            link.notify(frames)
+            link.notify(frames, keep=keep)
             link.finish_sending(deadline - time.monotonic())
             link.receive()
             return link.introduced

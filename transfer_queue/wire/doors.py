@@ -37,8 +37,8 @@ class Watch:
         self._ready: dict[int, Callable[[], None]] = {}
 
     def add(self, fd: int, ready: Callable[[], None]) -> None:
-        self._ready[fd] = ready
         self._epoll.register(fd, select.EPOLLIN)
+        self._ready[fd] = ready
 
     def want_to_send(self, fd: int, wanted: bool) -> None:
         """Call as well when the descriptor can be written to."""
@@ -88,18 +88,21 @@ class UnixDoor:
         self.paused = False  # no new connections: too many strangers, or no descriptor or no memory is left
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
+        bound = False
         try:
             _remove_dead_socket(path)
             self._socket.bind(path)
+            bound = True
             os.chmod(path, 0o600)
             self._socket.listen(_WAITING_CONNECTIONS)
             watch.add(self._socket.fileno(), self._accept)
         except OSError as error:
-            self._give_up_path()
+            self._socket.close()
+            if bound:  # else the file is another server's
+                os.unlink(path)
             raise ConnectionLost(
                 f"cannot listen at {self.address}: {error}; is there such a folder, and no other server?"
             ) from error
-        watch.add(self._socket.fileno(), self._accept)
 
     def send(self, channel: Visitor, frames: Sequence[Any]) -> bool:
         """Send, together with the answers to what else the channel has asked by now; return whether it is there."""
@@ -159,9 +162,9 @@ class UnixDoor:
             self._pause()
             return
         visitor = Visitor(Stream(connected, _STRANGER_BYTES), pid_behind(connected))
+        self._watch.add(visitor.stream.fd, lambda: self._receive(visitor))
         self._visitors[visitor.stream.fd] = visitor
         self._strangers[visitor] = time.monotonic()
-        self._watch.add(visitor.stream.fd, lambda: self._receive(visitor))
 
     def _has_room(self) -> bool:
         """Whether another stranger may come; the oldest one makes room, if it had time enough to prove the token."""
@@ -180,8 +183,8 @@ class UnixDoor:
 
     def _resume(self) -> None:
         if self.paused:
-            self.paused = False
             self._watch.add(self._socket.fileno(), self._accept)
+            self.paused = False
 
     def _receive(self, visitor: Visitor) -> None:
         if visitor.next is None:  # else there is no hurry to read more

@@ -4,7 +4,9 @@ Spans and pins are granted to requests and given back by one-way messages, which
 server, or with a request that was withdrawn. So the first message on each connection tells what is still held
 (`StillHeld`); the server ends the rest. A message that certainly did not arrive, and the end of the client, are told
 without waiting for the next use of a connection, by a `Courier`. What is lost unnoticed, because the server died with
-the message already in its socket, is told with the next use.
+the message already in its socket, is told with the next use. An abort names blocks that `StillHeld` may say nothing of;
+over TCP, where no courier goes, a link keeps it and sends it on each new connection, until an answer shows that it
+arrived.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
-
-import numpy as np
 
 from transfer_queue.errors import ConnectionLost
 from transfer_queue.messages import (
@@ -29,6 +29,7 @@ from transfer_queue.messages import (
     ReturnSpan,
     StillHeld,
     Unpin,
+    int64s_of,
 )
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.codec import encode_message
@@ -39,6 +40,7 @@ from transfer_queue.wire.ticket import Answer
 
 _WAIT_S = 1.0
 _MORE_PAUSE_S = 0.01  # with each attempt: a server that stays away costs less and less
+_LAST_TRIES_S = 60.0  # once the client is closed
 
 GRANTED = (Reserve, Pin)
 """What these are answered with is held until it is given back, or until the server hears that it is not."""
@@ -94,14 +96,15 @@ class Grants:
         with self._lock:
             requests = {*under_way, *self._held.values()}
         blocks = tuple(self.unput)
-        told = StillHeld(before=before, requests=_int64s(requests), blocks=_int64s(blocks))
+        told = StillHeld(before=before, requests=int64s_of(requests), blocks=int64s_of(blocks))
         return encode_message(told)
 
 
 class Courier:
     """Tells a server of this host what a client has, in a thread, until it knows or is gone for good.
 
-    For a server elsewhere this is not needed: it notices who has no connection.
+    Once the client is closed it tries for one minute more after each thing to tell. A server that comes back later
+    learns it when this process ends. For a server elsewhere this is not needed: it notices who has no connection.
     """
 
     def __init__(self, address: str, ids: RequestIds, open_link: Callable[[int], Link]) -> None:
@@ -113,6 +116,8 @@ class Courier:
         self._running = False
         self._messages: list[list[Any]] = []
         self._told = True
+        self._closed = False
+        self._asked_at = 0.0  # when there was something to tell last
 
     def send(self, frames: list[Any] | None = None) -> None:
         """Tell soon what is held then, and deliver a message that could not be sent. May be called at any time."""
@@ -120,6 +125,7 @@ class Courier:
             return
         with self._lock:
             self._told = False
+            self._asked_at = time.monotonic()
             if frames is not None:
                 self._messages.append(frames)
             if self._running:
@@ -130,17 +136,26 @@ class Courier:
         except RuntimeError:  # the interpreter ends, and with this process all that it holds
             self._running = False
 
+    def close(self) -> None:
+        """The client is closed: it is not worth while to try for ever any more."""
+        self._closed = True
+
+    @property
+    def _too_late(self) -> bool:
+        return self._closed and time.monotonic() - self._asked_at > _LAST_TRIES_S
+
     def _run(self) -> None:
         while True:
             with self._lock:
-                if self._told:
+                if self._told or self._too_late:
                     self._running = False
+                    self._messages.clear()
                     return
                 self._told = True
                 messages, self._messages = self._messages, []
             try:
                 self._deliver(messages)
-            except ConnectionLost:  # this process has no descriptor left now
+            except (ConnectionLost, OSError):  # this process has no descriptor left now
                 time.sleep(_WAIT_S)
                 with self._lock:
                     self._told = False
@@ -161,7 +176,7 @@ class Courier:
         """Try once. The answer to a question that comes last shows that all of it arrived."""
         pause_s = 0.0
         while not link.introduced:
-            if not os.path.exists(self._folder or ""):
+            if self._too_late or not os.path.exists(self._folder or ""):
                 return True
             link.wait(_WAIT_S)
             time.sleep(pause_s)
@@ -174,7 +189,3 @@ class Courier:
             link.wait(_WAIT_S)
         link.drop(number, cancel=False)
         return bool(answers)
-
-
-def _int64s(numbers: set[int] | tuple[int, ...]) -> Any:
-    return np.fromiter(numbers, np.int64, len(numbers))

@@ -33,6 +33,7 @@ _MOST_UNANSWERED = 5  # probes
 class _Sent(NamedTuple):
     frames: list[Any]
     resolve: Resolve
+    kept: int  # how many messages were to be kept before it was sent
 
 
 class Link:
@@ -65,6 +66,8 @@ class Link:
         self._on_welcome = on_welcome
         self._waiting: dict[int, _Sent] = {}
         self._unsent: list[list[Any]] = []
+        self._kept: list[list[Any]] = []  # one-way messages that may not have arrived, and are sent again if need be
+        self._kept_ever = 0
         self._line = open_line(address, bell_fd, curve_key)
         self._heard = self._probed = time.monotonic()
         self._unanswered = 0  # probes since something was heard
@@ -106,16 +109,34 @@ class Link:
         if self.failure is not None:
             resolve(self.failure)
             return
-        self._waiting[request_id] = _Sent(frames, resolve)
+        self._waiting[request_id] = _Sent(frames, resolve, self._kept_ever)
         if self._introduction.welcomed:
             self._send(frames, hold=hold)
 
-    def notify(self, frames: list[Any]) -> None:
-        """Send a one-way message, at once or after the introduction."""
+    def notify(self, frames: list[Any], *, keep: bool = False) -> None:
+        """Send a one-way message, at once or after the introduction.
+
+        With `keep` it is sent again on each new connection, behind the preface, until the answer to a later request
+        shows that it arrived.
+        """
+        if keep:
+            self._keep(frames)
         if self._introduction.welcomed:
             self._send(frames)
         elif self.failure is None:
             self._unsent.append(frames)
+
+    def take_over(self, kept: list[list[Any]]) -> None:
+        """Keep what another link had to keep: send it at once, or behind the preface whenever that is."""
+        for frames in kept:
+            self._keep(frames)
+            if self._introduction.welcomed:
+                self._send(frames)
+
+    def take_kept(self) -> list[list[Any]]:
+        """Return the messages that may not have arrived; from now on they are the caller's to keep."""
+        kept, self._kept = self._kept, []
+        return kept
 
     def flush(self) -> None:
         """Send what was held."""
@@ -216,6 +237,10 @@ class Link:
             self.fail(NotAuthorized(f"{self._address} refuses the connection: {reason}"))
         return reason is not None
 
+    def _keep(self, frames: list[Any]) -> None:
+        self._kept.append(frames)
+        self._kept_ever += 1
+
     def _greet(self) -> None:
         self._line.send([self._introduction.hello()])
 
@@ -243,15 +268,20 @@ class Link:
             return
         sent = self._waiting.pop(request_id, None)
         if sent is not None:
+            later = self._kept_ever - sent.kept
+            del self._kept[: max(0, len(self._kept) - later)]
             sent.resolve(message)
 
     def _go_on(self) -> None:
-        """Send what waits for the welcome: the preface, the requests in their order, the rest."""
-        unsent, self._unsent = self._unsent, []
+        """Send what waits for the welcome: the preface, what may be lost, the requests in their order, the rest."""
+        kept = set(map(id, self._kept))
+        unsent, self._unsent = [frames for frames in self._unsent if id(frames) not in kept], []
         preface = self._preface()
         if preface is not None:
             self._send(preface)
-        for frames in [*(sent.frames for sent in self._waiting.values()), *unsent]:
+        for number, sent in self._waiting.items():
+            self._waiting[number] = sent._replace(kept=self._kept_ever)
+        for frames in [*self._kept, *(sent.frames for sent in self._waiting.values()), *unsent]:
             self._send(frames)
         self._on_welcome()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,13 @@ from transfer_queue.wire.requests import RequestIds
 from transfer_queue.wire.ticket import Answer, guarded
 
 _WAIT_S = 60.0
+_PAUSE_S = 1.0  # after an announcement that was refused
 
 
 class Listener:
     """Sends `announcement` whenever the server meets it, also after the server was restarted, and takes what it pushes.
 
+    Where the announcement is refused, as by a server that has no room to note it down, it is made again and again.
     `receive` gets each reply to the announcement and each one-way message, in the thread of the listener; a one-way
     message that it returns is sent to the server.
     """
@@ -34,6 +37,7 @@ class Listener:
         self._closed = False
         self._first: Answer | None = None
         self._answered = threading.Event()
+        self._again_at: float | None = None
         self._peer = peer
         self._link = self._open()
         self._thread = threading.Thread(target=self._listen, name="transfer_queue listener", daemon=True)
@@ -75,7 +79,11 @@ class Listener:
             if self._link.failure is not None:
                 self._link.close()
                 self._link = self._open()
-            self._link.wait(_WAIT_S)
+            self._link.wait(_WAIT_S if self._again_at is None else self._again_at - time.monotonic())
+            if self._again_at is not None and time.monotonic() >= self._again_at:
+                self._again_at = None
+                if self._link.introduced:  # else it is made with the next welcome
+                    self._announce()
         self._note(self._link.failure or ConnectionLost(f"the listener to {self._peer.address} was closed"))
         self._link.close()
         self._bell.close()
@@ -84,13 +92,16 @@ class Listener:
         return self._peer.open_link(self._bell.fd, self._take, self._announce)
 
     def _announce(self) -> None:
+        self._again_at = None
         number, floor = self._ids.take()
         frames = encode_message(self._announcement, number, floor)
         self._link.post(number, frames, functools.partial(self._reply, number))
 
     def _reply(self, number: int, answer: Answer) -> None:
         self._ids.answered(number)
-        if not isinstance(answer, BaseException | ErrorReply):
+        if isinstance(answer, ErrorReply):
+            self._again_at = time.monotonic() + _PAUSE_S
+        elif not isinstance(answer, BaseException):
             self._take(answer)
         self._note(answer)
 

@@ -37,9 +37,9 @@ class LoopLink:
             self._holding = True
             self.loop.call_soon(self._flush)
 
-    def notify(self, frames: list[Any]) -> bool:
+    def notify(self, frames: list[Any], *, keep: bool) -> bool:
         """Send a one-way message; return whether there is a connection for it, as far as is known."""
-        self.link.notify(frames)
+        self.link.notify(frames, keep=keep)
         self._look_again()
         return self.link.introduced
 
@@ -128,6 +128,7 @@ class Pool:
         self._of_thread: dict[int, Link] = {}
         self._of_loop: dict[asyncio.AbstractEventLoop, LoopLink] = {}
         self._lent = 0
+        self._kept: list[list[Any]] = []  # messages that may not have arrived, of links that are closed
 
     def for_thread(self) -> Link:
         """Return the link of this thread. Give it back by `done` as soon as it is not busy."""
@@ -165,6 +166,11 @@ class Pool:
             abandoned.detach()
         return lent
 
+    def keep(self, frames: list[Any]) -> None:
+        """Send a message, again and again if need be, with the next use of a link."""
+        with self._lock:
+            self._kept.append(frames)
+
     def close(self) -> None:
         """Close idle links and wake all that wait; they end with `ConnectionLost` and close theirs."""
         with self._lock:
@@ -188,11 +194,17 @@ class Pool:
     def _lend(self) -> Link:
         link = self._idle.pop() if self._idle else self._open_link(self.bell.fd, self.grants.preface)
         self._lent += 1
+        for idle in self._idle:  # nobody might use that one for long
+            self._kept += idle.take_kept()
+        if self._kept:
+            kept, self._kept = self._kept, []
+            link.take_over(kept)
         return link
 
     def _take_back(self, link: Link) -> None:
         self._lent -= 1
         if self.closed or link.failure is not None or link.torn or len(self._idle) >= MOST_IDLE:
+            self._kept += link.take_kept()
             link.close()
         else:
             self._idle.append(link)
@@ -207,5 +219,6 @@ class Pool:
     def _end_if_last(self) -> None:
         if self.closed and self._lent == 0:
             self.bell.close()
+            self.courier.close()
             if self.grants.used:
                 self.courier.send()

@@ -46,6 +46,13 @@ class Life:
         if not isinstance(answer, BaseException):
             self.service.requests.answered(ticket, answer)
 
+    def pass_time(self, seconds: float) -> None:
+        """What is due then is done; whoever is missed then is listened for a moment longer."""
+        self.now += seconds
+        self.service.tick()
+        self.now += 2.1
+        self.service.tick()
+
     def killed(self, folder: Path, **options: Any) -> Life:
         """The next life, from a copy of what this one has written so far."""
         for last in (False, False, False, True):

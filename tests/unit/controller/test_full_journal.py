@@ -14,7 +14,7 @@ from tests.unit.journal.faulty import FaultyFiles
 from tests.unit.ledger.driver import differ, draw_request, handle_of, put_request
 from transfer_queue.errors import CapacityExceeded, GetMetaTimeout
 from transfer_queue.ledger.records import Record
-from transfer_queue.messages import Ack, Clear, Done, Drop, GetAudit, Locate
+from transfer_queue.messages import Ack, Clear, Done, Drop, GetAudit, GetKeys, Locate, WaitKeys
 from transfer_queue.messages.journal import Marked
 
 
@@ -67,6 +67,26 @@ def test_an_ack_that_cannot_be_written_down_is_refused_before_it_changes_anythin
     life.files.space_bytes = None
     assert life.ask(ack).count == 2
     life.ask(put_request(1, ("x",), UNIT + 2))
+
+
+def test_keys_are_read_and_waited_for_however_full_it_is(life: FullLife) -> None:
+    """Neither is written down."""
+    life.ask(put_request(2, (), 0, keys=("a", "b")))
+    life.fill(0)
+    assert life.ask(GetKeys(partition_id="p", since=None)).keys == ("a", "b")
+    wait: dict[str, Any] = {
+        "partition_id": "p",
+        "fields": (),
+        "count": None,
+        "where": {},
+        "since": None,
+        "timeout_s": 5.0,
+    }
+    assert life.ask(WaitKeys(keys=("a",), **wait)).keys == ("a",)
+    assert life.ask(WaitKeys(keys=("c",), **wait), request_id=70) is None
+    life.now += 6.0
+    life.service.tick()
+    assert isinstance(life.answers[70], GetMetaTimeout)
 
 
 def test_what_changed_by_itself_is_written_down_when_there_is_space_again(

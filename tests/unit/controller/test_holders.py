@@ -10,9 +10,21 @@ from typing import Any
 import pytest
 
 from tests.unit.controller.life import UNIT, Life, announce
-from tests.unit.ledger.driver import put_request
-from transfer_queue.errors import LeaseExpired
-from transfer_queue.messages import Admit, Admitted, Clear, Cut, CutDone, EndCut, KeepCut
+from tests.unit.ledger.driver import draw_request, handle_of, ints, put_request
+from transfer_queue.errors import CapacityExceeded, LeaseExpired
+from transfer_queue.messages import (
+    Admit,
+    Admitted,
+    Announce,
+    Clear,
+    Cut,
+    CutDone,
+    EndCut,
+    KeepCut,
+    Reconcile,
+    Settle,
+    SetVersion,
+)
 from transfer_queue.wire.ticket import Ticket
 
 
@@ -28,7 +40,7 @@ def admit(size_bytes: int) -> Admit:
     return Admit(partition_id="p", global_step=None, num_rows=1, size_bytes=size_bytes, timeout_s=600.0)
 
 
-def cut(life: Life, client: str, hold_s: float = 60.0) -> int:
+def cut(life: Life, client: str, hold_s: float = 60.0, request_id: int = 1) -> int:
     """Returns the number of the hold; the answer comes from a thread."""
     answers: list[Any] = []
     came = threading.Event()
@@ -38,7 +50,7 @@ def cut(life: Life, client: str, hold_s: float = 60.0) -> int:
         came.set()
 
     request = Cut(hold_s=hold_s)
-    life.service.submit(request, Ticket(client, 1, None, request, take))
+    life.service.submit(request, Ticket(client, request_id, None, request, take))
     assert came.wait(10.0) and isinstance(answers[0], CutDone)
     return answers[0].hold
 
@@ -91,3 +103,66 @@ def test_a_cut_that_is_not_held_is_never_taken_for_one_that_is(life: Life, tmp_p
         now.ask(KeepCut(hold=hold, hold_s=60.0), client="saver/1", request_id=90)
     assert now.ask(KeepCut(hold=other, hold_s=60.0), client="saver/2", request_id=91) is not None
     now.service.close()
+
+
+def test_a_cut_that_is_asked_for_twice_is_held_once(life: Life) -> None:
+    """The server had forgotten that it was asked; what the client ends is all that there is."""
+    cut(life, "saver/1")
+    other = cut(life, "saver/1", request_id=2)
+    hold = cut(life, "saver/1")
+    for number in (hold, other):
+        assert life.ledger.blocks.copied
+        life.ask(EndCut(hold=number))
+    assert not life.ledger.blocks.copied
+
+
+@pytest.mark.parametrize("how", ["settled", "reconciled", "given up", "without its index"])
+def test_a_unit_that_reuses_bytes_of_a_cut_ends_it(life: Life, how: str) -> None:
+    """It is told without an order what it may reuse: whatever was copied, the checkpoint is refused."""
+    done = life.ask(put_request(4, ("x",), UNIT + 1, size_bytes=10))
+    hold = cut(life, "saver/1")
+    keep = KeepCut(hold=hold, hold_s=60.0)
+    cleared = {name: values[:2] if how == "reconciled" else values for name, values in handle_of(done).items()}
+    life.ask(Clear(partition_id=None, global_step=None, **cleared))
+    assert life.ask(Settle(blocks=ints(UNIT + 2))).committed.tolist() == [0]  # it has nothing of the cut
+    life.ask(keep, client="saver/1")
+    match how:
+        case "settled":
+            assert life.ask(Settle(blocks=ints(UNIT + 1))).committed.tolist() == [0]
+        case "reconciled":
+            assert life.ask(Reconcile(unit=1, blocks=ints(UNIT + 1))).cleared_slots.tolist() == [0, 1]
+        case "given up":
+            life.service.gone("unit-0/1")
+            life.pass_time(31.0)
+            assert life.ledger.blocks.given_up(1)
+        case _:
+            place = {"address": "tcp://127.0.0.1:1", "local_address": "", "folder": "", "nonce": ""}
+            life.ask(Announce(unit_id="unit-0", capacity_bytes=1, life="other", **place), client="unit-0/1")
+    with pytest.raises(LeaseExpired, match="not held any more"):
+        life.ask(keep, client="saver/1", request_id=90)
+    if how in ("settled", "reconciled"):
+        assert [order.sequence for order in life.pushed] == [1]
+
+
+def test_units_are_told_after_it_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that held a cut and a stale row is gone while the journal is full."""
+    life = Life(tmp_path / "first", max_staleness=0)
+    announce(life)
+    life.ask(put_request(1, ("x",), UNIT + 1, version=1))
+    life.ask(draw_request(1, lease_s=60.0), client="saver/1")
+    life.ask(SetVersion(version=2))
+    cut(life, "saver/1", request_id=90)
+    keeper = life.service._answers.keeper
+    assert keeper is not None
+
+    def full(*parts: bytes, essential: bool = False) -> int:
+        raise CapacityExceeded("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper._journal, "append", full)
+        life.service.gone("saver/1")
+        life.service.tick()
+        assert life.pushed == []
+    life.service.tick()
+    assert [order.blocks.tolist() for order in life.pushed] == [[UNIT + 1]]
+    life.service.close()

@@ -353,8 +353,7 @@ def test_a_put_to_a_unit_that_was_given_up_is_refused(life: Life) -> None:
     announce(life)
     life.ask(put_request(1, ("x",), UNIT + 1))
     life.service.gone("unit-0/1")
-    life.now += 31.0
-    life.service.tick()
+    life.pass_time(31.0)
     with pytest.raises(BlockLost, match="was given up"):
         life.ask(put_request(1, ("x",), UNIT + 2))
     assert life.ledger.reports.audit("p")["partitions"]["p"]["lost"] == {"x": [0]}

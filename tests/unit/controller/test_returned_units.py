@@ -77,8 +77,7 @@ def test_what_is_refused_outlives_the_controller(controller: Life, tmp_path: Pat
         controller.ask(Reconcile(unit=1, blocks=ints(1 << 48), **lost))
         yield
         controller.service.gone("unit-0/1")
-        controller.now += 31.0
-        controller.service.tick()
+        controller.pass_time(31.0)
         yield
         announce(controller, "a")
         controller.ask(Reconcile(unit=1, blocks=ints(1 << 48), **lost))
@@ -253,8 +252,7 @@ def play(world: World, what: str, how: Any) -> None:
             announce(world.controller, world.unit.service.life)
         case "given up":
             world.controller.service.gone("unit-0/1")
-            world.controller.now += 31.0
-            world.controller.service.tick()
+            world.controller.pass_time(31.0)
             world.put(how)
             world.come_back()
         case "die":

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.ledger.driver import Driver, rows
+from tests.unit.ledger.driver import UNIT, Driver, column, ints, put_request, rows
 from transfer_queue import BaseSampler, GRPOSampler
-from transfer_queue.errors import GetMetaTimeout, InvalidArgument, SamplerError
+from transfer_queue.errors import BlockLost, GetMetaTimeout, InvalidArgument, SamplerError, TransferQueueError
+from transfer_queue.messages import Admit, Settle
 
 
 def test_the_put_that_satisfies_a_draw_wakes_it_and_is_answered_itself() -> None:
@@ -214,3 +215,27 @@ def test_a_sampler_with_a_filter_is_asked_whatever_field_comes(registered_later:
     assert waiting not in queue.answers
     queue.put(fields=["reward"], to=second)
     assert rows(queue.answers[waiting]) == [0, 1, 2]
+
+
+def test_a_put_that_was_admitted_and_is_refused_lets_others_in() -> None:
+    """The room that was kept for it is free, though it was exactly what it needed."""
+    queue = Driver(limits={"total_samples": 4})
+    queue.put(1)
+    admit = Admit(partition_id="p", global_step=None, num_rows=3, size_bytes=100, timeout_s=0.0, keys=None)
+    admitted = queue.after(queue.ledger.admit, admit, 80, "writer", queue.now)
+    assert queue.put(2, timeout_s=60.0) is None
+    waiting = queue.ticket
+    wrong = {"columns": (column("x", "int64"),), "admission": admitted.admission, "size_bytes": 100}
+    with pytest.raises(TransferQueueError, match="int64"):
+        queue.put(3, **wrong)
+    assert rows(queue.answers[waiting]) == [1, 2]
+
+
+def test_a_put_that_waits_hears_that_its_block_is_refused() -> None:
+    """At once: its unit took its writer for dead."""
+    queue = Driver(limits={"total_samples": 1})
+    queue.put(1)
+    late = put_request(1, ("x",), UNIT + 77, timeout_s=60.0)
+    assert queue.after(queue.ledger.put, late, 80, "writer", queue.now) is None
+    queue.after(queue.ledger.settle, Settle(blocks=ints(UNIT + 77)), queue.now)
+    assert isinstance(queue.answers[80], BlockLost)
