@@ -170,7 +170,7 @@ def settings(conf: DictConfig) -> Settings:
             raise InvalidArgument(f"{name} must be a section of keys, not {conf[name]!r}")
     storage, controller = conf.backend[backend], conf.controller
     if storage.get("ssd_offload", {}).get("enabled"):
-        log.warning("backend.%s.ssd_offload is of an older storage and does nothing: rows stay in shared memory", backend)
+        log.warning("backend.%s.ssd_offload does nothing in this library: rows stay in shared memory", backend)
     limits = _limits(conf.limits, _optional(f"backend.{backend}.total_storage_size", storage.total_storage_size))
     return Settings(
         runtime=_one_of("runtime", conf.runtime, RUNTIMES),
