@@ -64,7 +64,7 @@ def test_57_a_draw_that_waits_ends_with_the_stream(client: TransferQueueClient, 
     meta = asyncio.run(draw())
     blocked.join(10)
     for ended in (meta, found[0]):
-        assert not ended and ended.extra_info == {"end_of_stream": True, "left": 2}
+        assert not ended and ended.extra_info == {"end_of_stream": True, "left": 2, "batch_size": 2}
     left = client.get_meta(["x"], meta.extra_info["left"], partition, task_name="t")
     assert client.get_data(left)["x"].tolist() == [[0], [1]]
     with client.leased(["x"], 1, partition, task_name="t") as (nothing, data):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,18 @@ def test_42_what_is_left_of_a_sealed_partition_comes_as_a_smaller_batch(conf: An
         later.start()
         assert rows(stream) == list(range(11))
         later.join()
+
+
+def test_42_ranks_share_what_is_left(conf: Any, partition: str, caplog: pytest.LogCaptureFixture) -> None:
+    """11 rows, 2 ranks with batches of 4: 4 and 4, then 1 and 1; the last one cannot be shared."""
+    put(partition, *range(11), last=True)
+    tq.get_client().register_sampler("shared", "DPSampler", dp_size=2)
+    streams = [dataset(conf, partition, 4, 4, task_name="shared", dp_rank=rank) for rank in range(2)]
+    with closing(streams[0]), closing(streams[1]), ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(rows, streams))
+    assert [len(part) for part in seen] == [5, 5]
+    assert len(set(seen[0] + seen[1])) == 10
+    assert "the last 1 rows are too few" in caplog.text
 
 
 def test_42_what_was_drawn_ahead_under_a_lease_is_given_back(conf: Any, partition: str) -> None:

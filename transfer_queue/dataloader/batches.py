@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-from transfer_queue.errors import InvalidArgument, WrongType
+from transfer_queue.client.client import TransferQueueClient
+from transfer_queue.errors import InvalidArgument, LeaseExpired, WrongType
 from transfer_queue.metadata import BatchMeta
+
+log = logging.getLogger("transfer_queue")
 
 
 class StreamedBatch(tuple[Any, BatchMeta]):
@@ -33,6 +38,40 @@ class StreamedBatch(tuple[Any, BatchMeta]):
     @property
     def meta(self) -> BatchMeta:
         return self[1]
+
+
+def handed_out(client: TransferQueueClient, pieces: Iterable[StreamedBatch]) -> Iterator[StreamedBatch]:
+    """The pieces that still are this process's; leased ones are acknowledged when the next is asked for, or none more.
+
+    What a process that dies had in hand is so handed out again, to it or to others.
+    """
+    for piece in pieces:
+        meta = piece.meta
+        if not meta.is_leased:
+            yield piece
+        elif _is_held(client, meta):
+            try:
+                yield piece
+            finally:
+                _acknowledge(client, meta)
+
+
+def _is_held(client: TransferQueueClient, meta: BatchMeta) -> bool:
+    """Whether the lease lasts; one that may have run out while the piece waited in a queue is renewed if it can be."""
+    if (meta.lease_deadline_s or 0.0) > time.monotonic():
+        return True
+    try:
+        client.renew(meta)
+    except LeaseExpired:
+        return False
+    return True
+
+
+def _acknowledge(client: TransferQueueClient, meta: BatchMeta) -> None:
+    try:
+        client.ack(meta)
+    except LeaseExpired as error:
+        log.warning("%d samples took longer than their lease and are handed out again: %s", meta.size, error)
 
 
 def chunk_batch_fn(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from transfer_queue.dataloader.batches import StreamedBatch
-from transfer_queue.dataloader.streaming_dataset import StreamingDataset, handed_out
+from transfer_queue.dataloader.batches import StreamedBatch, handed_out
+from transfer_queue.dataloader.streaming_dataset import StreamingDataset
 from transfer_queue.errors import WrongType
 from transfer_queue.metadata import BatchMeta
 

@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from transfer_queue import environment
 from transfer_queue.client.client import TransferQueueClient
-from transfer_queue.dataloader.batches import StreamedBatch, chunk_batch_fn
-from transfer_queue.errors import GetMetaTimeout, InvalidArgument, LeaseExpired, WrongType
+from transfer_queue.dataloader.batches import StreamedBatch, chunk_batch_fn, handed_out
+from transfer_queue.errors import GetMetaTimeout, InvalidArgument, WrongType
 from transfer_queue.metadata import BatchMeta, ZMQServerInfo
 
 __all__ = ["StreamingDataset", "chunk_batch_fn", "default_fetch_batch_fn"]
@@ -218,10 +218,14 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
             self._consumed, self._fewer = False, None
             here.begin(index + step, at_once=self.should_check_consumption_status)
             return data, meta
-        if self._consumed or (self.should_check_consumption_status and meta.extra_info.get("left") == 0):
+        if self._consumed:
             return None
-        if _is_end(meta):  # no more rows come, and these are too few for a whole batch
-            self._fewer = meta.extra_info["left"] or None
+        if _is_end(meta):
+            self._fewer = meta.extra_info["batch_size"] or None
+            if self._fewer is None and self.should_check_consumption_status:
+                if meta.extra_info["left"]:
+                    log.warning("the last %d rows are too few for groups or ranks", meta.extra_info["left"])
+                return None
         # a batch that a peer drew meanwhile may be there for this rank too: when all is consumed, look once more
         self._consumed = self.should_check_consumption_status and self._is_consumed(here.client)
         here.begin(index, at_once=self._consumed)
@@ -354,43 +358,9 @@ class _Local:
             self.client.close()
 
 
-def handed_out(client: TransferQueueClient, pieces: Iterable[StreamedBatch]) -> Iterator[StreamedBatch]:
-    """The pieces that still are this process's; leased ones are acknowledged when the next is asked for, or none more.
-
-    What a process that dies had in hand is so handed out again, to it or to others.
-    """
-    for piece in pieces:
-        meta = piece.meta
-        if not meta.is_leased:
-            yield piece
-        elif _is_held(client, meta):
-            try:
-                yield piece
-            finally:
-                _acknowledge(client, meta)
-
-
 def _is_end(meta: BatchMeta) -> bool:
     """No more rows come, and those that are left are too few for the batch."""
     return bool(meta.extra_info.get("end_of_stream"))
-
-
-def _is_held(client: TransferQueueClient, meta: BatchMeta) -> bool:
-    """Whether the lease lasts; one that may have run out while the piece waited in a queue is renewed if it can be."""
-    if (meta.lease_deadline_s or 0.0) > time.monotonic():
-        return True
-    try:
-        client.renew(meta)
-    except LeaseExpired:
-        return False
-    return True
-
-
-def _acknowledge(client: TransferQueueClient, meta: BatchMeta) -> None:
-    try:
-        client.ack(meta)
-    except LeaseExpired as error:
-        log.warning("%d samples took longer than their lease and are handed out again: %s", meta.size, error)
 
 
 def _check_positive(name: str, value: Any) -> None:

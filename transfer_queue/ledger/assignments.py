@@ -94,7 +94,7 @@ class Assignments:
         A rank without a group name is told once of a batch that was cleared, and goes on with the next one.
         """
         key = self._key(partition, draw.task_name, split)
-        found = self.by_task.get((partition, draw.task_name), {}).get(key)
+        found = self.formed(partition, draw.task_name, split)
         if split.kept:
             return found
         if found is None:
@@ -110,6 +110,10 @@ class Assignments:
         if split.rank in found.broken or not self._table.fresh(*found.slice_of(split.rank)).all():
             self._came_too_late(partition, draw, split)
         return found
+
+    def formed(self, partition: str, task: str, split: Split) -> Assignment | None:
+        """The assignment that the rank asks for, whatever the terms on which it asks."""
+        return self.by_task.get((partition, task), {}).get(self._key(partition, task, split))
 
     def form(
         self, partition: Partition, draw: Draw, split: Split, rows: Int64s, consumed: Int64s, bounds: list[int]

@@ -203,24 +203,44 @@ class Drawing:
         own = bool(partition.owns(rows).all())
         return own and bool(table.available(rows, draw.fields, table.task(draw.task_name)).all())
 
+    def smaller_slice(self, draw: Draw, plan: Plan, name: str) -> Drawn | None:
+        """An answer without rows, if other ranks shared what is left of a sealed partition in smaller slices."""
+        partition = self._rows.partitions.get(name)
+        if partition is None or not partition.sealed or plan.split is None or plan.split.kept:
+            return None
+        formed = self.assignments.formed(name, draw.task_name, plan.split)
+        if formed is None or formed.terms["batch_size"] >= draw.batch_size:
+            return None
+        return self._end(draw, partition, formed.terms["batch_size"])
+
     def end_of_stream(self, draw: Draw, plan: Plan, name: str) -> Drawn | None:
         """An answer without rows, if no more come and those that the task did not consume are too few for this draw.
 
-        Its `extra_info` says so, and how many are `left`: a draw of fewer may still get them.
+        Its `extra_info` says so, how many are `left`, and the `batch_size` of a draw that may still get them; 0: none
+        can, because they are too few for groups or ranks.
         """
         partition = self._rows.partitions.get(name)
         if partition is None or not partition.sealed:
             return None
         if plan.split is not None and self.assignments.find(name, draw, plan.split) is not None:
             return None  # the rows of this batch are chosen, and wait for their fields
-        rows = partition.rows()
-        left = len(rows) - int(self._rows.table.task(draw.task_name).consumed[rows].sum())
+        left = self._left(draw, partition)
         if left >= plan.least:
             ready = partition.ready_set(draw.task_name, draw.fields)
             if plan.group_size is None or len(ready) < left:  # those that are not ready may make groups whole
                 return None
-        extra = {"end_of_stream": True, "left": left}
-        return self._lookup.describe(name, rows[:0], draw.fields, [partition], extra_info=extra)
+        fits = left // max(1, plan.want // draw.batch_size)
+        fits -= 0 if plan.group_size is None else fits % plan.group_size
+        return self._end(draw, partition, fits)
+
+    def _left(self, draw: Draw, partition: Partition) -> int:
+        rows = partition.rows()
+        return len(rows) - int(self._rows.table.task(draw.task_name).consumed[rows].sum())
+
+    def _end(self, draw: Draw, partition: Partition, batch_size: int) -> Drawn:
+        extra = {"end_of_stream": True, "left": self._left(draw, partition), "batch_size": batch_size}
+        none = partition.rows()[:0]
+        return self._lookup.describe(partition.name, none, draw.fields, [partition], extra_info=extra)
 
     def redo(self, draw: Draw, partition: Partition, choice: Choice, asker: Asker) -> tuple[Drawn, DrawRecord] | None:
         """Make a draw again that was made before, with the same choice."""

@@ -126,7 +126,7 @@ class Serving:
         """Serve a draw or park it; one that no state could serve raises."""
         plan = self._drawing.plan(request, name)
         self.meet(name, request.task_name, asker.now)
-        drawn = self._attempt(request, plan, name, ticket, asker) or self._drawing.end_of_stream(request, plan, name)
+        drawn = self._serve(request, plan, name, ticket, asker)
         if drawn is not None:
             return drawn
         if request.timeout_s <= 0:
@@ -174,6 +174,14 @@ class Serving:
         for ticket, record in list(self.undoable.items()):
             if record.partition == name and task in (None, record.task):
                 del self.undoable[ticket]
+
+    def _serve(self, draw: Draw, plan: Plan, name: str, ticket: Ticket, asker: Asker) -> Drawn | None:
+        """Rows, or word that no more come; None: they may still come."""
+        return (
+            self._drawing.smaller_slice(draw, plan, name)
+            or self._attempt(draw, plan, name, ticket, asker)
+            or self._drawing.end_of_stream(draw, plan, name)
+        )
 
     def _attempt(self, draw: Draw, plan: Plan, name: str, ticket: Ticket, asker: Asker) -> Drawn | None:
         """Serve a draw and note it; note also what changed although it is refused."""
@@ -255,9 +263,7 @@ class Serving:
     def _try(self, waiting: WaitingDraw, now: float) -> Drawn | TransferQueueError | None:
         asker = Asker(waiting.client, now)
         try:
-            drawn = self._attempt(waiting.draw, waiting.plan, waiting.partition, waiting.ticket, asker)
-            if drawn is None:
-                drawn = self._drawing.end_of_stream(waiting.draw, waiting.plan, waiting.partition)
+            drawn = self._serve(waiting.draw, waiting.plan, waiting.partition, waiting.ticket, asker)
         except TransferQueueError as error:
             self._waiting.remove(waiting.ticket)
             return error

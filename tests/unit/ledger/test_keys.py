@@ -97,10 +97,10 @@ def test_draws_that_nothing_can_serve_any_more_end() -> None:
     few, many = queue.ticket - 2, queue.ticket
     queue.put(fields=["z"], to=first, is_last=True)
     assert many in queue.answers and rows(queue.answers[many]) == []
-    assert queue.answers[many].extra_info == {"end_of_stream": True, "left": 3}
+    assert queue.answers[many].extra_info == {"end_of_stream": True, "left": 3, "batch_size": 3}
     assert few not in queue.answers  # five rows may yet get y
     assert queue.draw(2, ["x", "y"], "a") is not None
-    assert queue.answers[few].extra_info == {"end_of_stream": True, "left": 3}
+    assert queue.answers[few].extra_info == {"end_of_stream": True, "left": 3, "batch_size": 3}
     assert queue.draw(3, ["x"], "b") is not None
     assert queue.draw(1, ["x"], "b").extra_info["left"] == 0
     queue.reset("b")
@@ -122,7 +122,7 @@ def test_groups_that_stay_incomplete_end_a_draw_of_groups() -> None:
     queue = Driver(num_n_samples=2)
     queue.put(3, ["x"], group_ids=[1, 1, 2], is_last=True)
     assert rows(queue.draw(2, get_n_samples=True)) == [0, 1]
-    assert queue.draw(2, get_n_samples=True).extra_info == {"end_of_stream": True, "left": 1}
+    assert queue.draw(2, get_n_samples=True).extra_info == {"end_of_stream": True, "left": 1, "batch_size": 0}
 
 
 def test_ranks_of_a_batch_are_served_to_the_last() -> None:

@@ -320,7 +320,8 @@ class LedgerMachine(RuleBasedStateMachine):
             for task in ("a", "b"):
                 status = self.queue.status(task, ["x", "y"], name)
                 assert status.indexes.tolist() == [row.id[0] for row in part.rows]
-                produced = [int(field in row.cells) for row in part.rows for field in ("x", "y")]
+                assert sorted(status.fields) == ["x", "y"]  # as they came to the partition
+                produced = [int(field in row.cells) for row in part.rows for field in status.fields]
                 assert status.production.tolist() == produced
                 assert status.consumption is not None
                 consumed = [int(row in part.task(task).consumed) for row in part.rows]
