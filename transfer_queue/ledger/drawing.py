@@ -209,9 +209,9 @@ class Drawing:
         if partition is None or not partition.sealed or plan.split is None or plan.split.kept:
             return None
         formed = self.assignments.formed(name, draw.task_name, plan.split)
-        if formed is None or formed.terms["batch_size"] >= draw.batch_size:
-            return None
-        return self._end(draw, partition, formed.terms["batch_size"])
+        size = draw.batch_size if formed is None else formed.terms["batch_size"]
+        assert isinstance(size, int)
+        return self._end(draw, partition, size) if size < draw.batch_size else None
 
     def end_of_stream(self, draw: Draw, plan: Plan, name: str) -> Drawn | None:
         """An answer without rows, if no more come and those that the task did not consume are too few for this draw.
