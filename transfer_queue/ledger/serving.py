@@ -93,8 +93,8 @@ class Serving:
     def _apply(
         self, request: Put, name: str, ticket: Ticket, client: str, now: float, before: Record | None = None
     ) -> PutDone:
-        begins = before is None and request.indexes is None and name not in self._rows.partitions
-        expected = self.expected_rows() if begins else 0
+        begins = request.indexes is None and name not in self._rows.partitions
+        expected = self.expected_rows() if begins and before is None else 0
         done, touched = self._putting.apply(request, name, client, now, None if before is None else before.rows)
         if before is not None and int(done.generations.sum()) != before.check:
             raise JournalDamaged(f"rows {done.indexes[:10].tolist()} had other generations when they were put first")
@@ -109,7 +109,7 @@ class Serving:
         fields = tuple(spec.name for spec in request.columns)
         self._stirred.window_freed |= request.is_last  # puts that wait will never be let in
         for partition in touched:
-            if request.tags is None and request.group_ids is None and not request.is_last:
+            if request.tags is None and request.group_ids is None and not request.is_last and not begins:
                 self._stirred.stir(partition.name, self._waiting.tasks(partition.name, fields))
             else:
                 self._stirred.stir(partition.name)

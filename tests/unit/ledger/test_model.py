@@ -129,6 +129,7 @@ class LedgerMachine(RuleBasedStateMachine):
         try:
             expected = self.model.attempt(wish)
         except (Stale, Refused) as error:
+            self.queue.ledger.serving.meet(wish.partition, wish.task, self.queue.now)  # that it asked stays known
             self.expect(error, call)
             return
         drawn = call()
