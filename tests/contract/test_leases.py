@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.contract.conftest import AwaitableFace
+from tests.integration.starting import wait_until
 from transfer_queue.errors import GetMetaTimeout, InvalidArgument, LeaseExpired, StaleSampleError, WrongType
 from transfer_queue.messages import GetUnitStats
 from transfer_queue.metadata import BatchMeta
@@ -255,7 +256,7 @@ def test_a_block_that_renews_may_take_long(queue: Any, use: Use, partition: str)
 
     use(body, ["x"], 2, partition, task_name="t", lease=0.8, renew=True)
     assert account(queue, partition)["consumed"] == 2
-    assert "tq-renewal" not in [thread.name for thread in threading.enumerate()]
+    wait_until(lambda: "tq-renewal" not in [thread.name for thread in threading.enumerate()])
 
 
 def test_a_cancelled_block_gives_back(client: Any, partition: str) -> None:

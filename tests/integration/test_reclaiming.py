@@ -47,11 +47,18 @@ class Watched:
     def kill(self) -> None:
         pid = EndpointFile(self.address).status()["unit-0"]["pid"]
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: identify(pid) is None)
+        wait_until(lambda: identify(pid) is None and _threads_of(pid) <= 1)  # with the last one its sockets close
 
     def close(self) -> None:
         self.peer.close()
         tq.close()
+
+
+def _threads_of(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except FileNotFoundError:
+        return 0
 
 
 @pytest.fixture
