@@ -253,9 +253,7 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
             **options,
         )
         if fetched[0] is None and not self.should_check_consumption_status and _is_end(fetched[1]):
-            time.sleep(
-                _LOOK_AGAIN_S
-            )  # the end of a stream is told at once; this one waits for its partition to begin anew
+            time.sleep(_LOOK_AGAIN_S)  # the end is told at once; this stream waits for its partition to begin anew
         return fetched
 
     # ------------------------------------------------------------ moving on
