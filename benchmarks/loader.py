@@ -1,11 +1,16 @@
 """A `StreamingDataLoader`: how long it takes from one micro-batch to the next, and that every sample comes once.
 
+The first for a loop that asks for the next at once, so that it sees what a micro-batch costs all processes together,
+and for one that computes in between, as trainers do, so that it sees how long they wait for data that is there. Workers
+are forked, as a `DataLoader` does it by itself on Linux.
+
 The second runs 4 ranks with 2 workers each, under leases. One rank is stopped in the middle and another takes its
 place: what the first had drawn ahead has to come again, what it had handed out must not.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from contextlib import closing
@@ -29,6 +34,8 @@ BATCH = 4 * ROWS
 RANKS = 4
 WORKERS = 2
 LEASE_S = 60.0
+STEP_S = 0.010  # of the loop that computes
+NEXT = "to the next 1 MiB micro-batch"
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Seen:
 
 
 class Rank:
-    """Trains on nothing: it asks for the next micro-batch at once."""
+    """Puts, and iterates as a trainer does."""
 
     def __init__(self, client: TransferQueueClient) -> None:
         self._client = client
@@ -54,8 +61,13 @@ class Rank:
             data = {"number": numbers, "values": numbers.unsqueeze(1).expand(-1, row_bytes // 8).contiguous()}
             self._client.put(data, partition_id=partition, is_last=first + count == rows)
 
-    def consume(self, partition: str, workers: int, lease: float | None, most: int | None = None) -> Seen:
-        """Iterate to the end, or over `most` micro-batches. Raises `ValueError` if a sample has other values."""
+    def consume(
+        self, partition: str, workers: int, lease: float | None, most: int | None = None, step_s: float = 0.0
+    ) -> Seen:
+        """Iterate to the end, or over `most` micro-batches, and compute for `step_s` on each.
+
+        Raises `ValueError` if a sample has other values than it was put with.
+        """
         from transfer_queue.dataloader import StreamingDataLoader, StreamingDataset
 
         conf, fields = transfer_queue.init(), ["number", "values"]
@@ -64,7 +76,8 @@ class Rank:
         )
         numbers: list[int] = []
         gaps_s = []
-        with closing(StreamingDataLoader(stream, num_workers=workers)) as loader:
+        context = "fork" if workers else None
+        with closing(StreamingDataLoader(stream, num_workers=workers, multiprocessing_context=context)) as loader:
             pieces = iter(loader)
             with closing(pieces):  # type: ignore[type-var]  # a generator
                 asked = time.perf_counter()
@@ -74,6 +87,7 @@ class Rank:
                     if (data["values"][:, 0] != found).any() or (data["values"][:, -1] != found).any():
                         raise ValueError(f"samples {found.tolist()} have other values than they were put with")
                     numbers += found.tolist()
+                    _compute(step_s)
                     asked = time.perf_counter()
         return Seen(numbers, gaps_s)
 
@@ -85,16 +99,28 @@ def measure(report: Report, scale: Scale, placement: Placement) -> None:
     """Add the gaps between micro-batches of 1 MiB that are there, and the count of samples that came once."""
     one = placement.stage(Rank)
     rows = scale.loader_batches * BATCH
-    for workers in (0, WORKERS):
-        partition = f"gaps, {workers} workers"
-        one.call("put", partition, rows, ROW_BYTES)
-        seen = one.call("consume", partition, workers, None)
-        one.call("clear", partition)
+    for workers, step_s in itertools.product((0, WORKERS), (0.0, STEP_S)):
+        case = case_of(workers, step_s)
+        one.call("put", case, rows, ROW_BYTES)
+        seen = one.call("consume", case, workers, None, None, step_s)
+        one.call("clear", case)
         _check(seen.numbers, rows)
-        series = report.series(f"loader, {workers} workers", "to the next 1 MiB micro-batch")
+        series = report.series(case, NEXT)
         series.skip = min(8, len(seen.gaps_s) // 2)
         series.add(*seen.gaps_s)
     _count(report, scale, placement, one)
+
+
+def case_of(workers: int, step_s: float) -> str:
+    computing = f", {1e3 * step_s:.0f} ms of work in between" if step_s else ""
+    return f"loader, {workers} workers{computing}"
+
+
+def _compute(step_s: float) -> None:
+    """Take so much time of a processor."""
+    end = time.perf_counter() + step_s
+    while time.perf_counter() < end:
+        pass
 
 
 def _count(report: Report, scale: Scale, placement: Placement, one: Stage) -> None:

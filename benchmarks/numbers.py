@@ -72,6 +72,7 @@ def load(folder: Path = RESULTS) -> Results:
 def section(results: Results, value: Value) -> str:
     """The text between the marks. Parts whose benchmark has no record are left out."""
     parts = [_origin(results, value), _batches(results, value), _peers(results, value), _lines(results, value)]
+    parts += [_loader(results, value)]
     parts += [safety_tables.ratios(results, value), safety_tables.recovery(results, value)]
     parts += [safety_tables.checkpoints(results, value)]
     return "\n\n".join(part for part in parts if part)
@@ -244,16 +245,49 @@ def _ms(entry: Entry | None, value: Value) -> str:
     return _MISSING if entry is None else f"{value(short(entry['p50_ms']))} ms"
 
 
+_NEXT = "to the next 1 MiB micro-batch"
+_GAPS = (
+    ("0 workers, a loop that asks at once", "loader, 0 workers"),
+    ("… that computes for 10 ms", "loader, 0 workers, 10 ms of work in between"),
+    ("2 workers, a loop that asks at once", "loader, 2 workers"),
+    ("… that computes for 10 ms", "loader, 2 workers, 10 ms of work in between"),
+)
+_RESTARTED = "loader, 4 ranks × 2 workers, one restarted"
+_GAP_AIM = "≤ 2 ms"
+
+
+def _loader(results: Results, value: Value) -> str:
+    """How long a loop waits for micro-batches, and what ranks that share a partition were handed."""
+    rows = []
+    for text, case in _GAPS:
+        one = results.find("measurements", "loader", case, _NEXT)
+        if one is not None:
+            rows.append((text, _ms(one, value), f"{value(short(one['p99_ms']))} ms", _GAP_AIM))
+    if not rows:
+        return ""
+    told = "`StreamingDataLoader`: how long a loop waits for the next micro-batch of 1 MiB that is there:"
+    parts = [f"{told}\n\n{markdown(('', 'median', 'p99', 'aim of the median'), rows)}"]
+    once = results.find("quantities", "loader", _RESTARTED, "samples that came exactly once")
+    rate = results.find("quantities", "loader", _RESTARTED, "samples drawn, read and handed out")
+    if once is not None and rate is not None:
+        parts.append(
+            f"4 ranks × 2 workers under leases, one rank stopped midway and replaced: {value(short(once['value']))}"
+            f" samples put,\neach handed out exactly once; {value(short(rate['value']))} per second, starts of all"
+            " processes included."
+        )
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------- README
 
 
-def written(readme: str, text: str) -> str:
-    """The README with that section. Raises `ValueError` if it lacks the marks."""
-    before, _, rest = readme.partition(BEGIN)
-    _, found, after = rest.partition(END)
+def written(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """The README with that text between two marks. Raises `ValueError` if it lacks them."""
+    before, _, rest = readme.partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"the README lacks the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise ValueError(f"the README lacks the lines {begin!r} and {end!r}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def has_form(readme: str, results: Results) -> bool:

@@ -107,6 +107,8 @@ def _serve(options: argparse.Namespace) -> int:
         with contextlib.closing(ProcessesRuntime(settings)) as runtime:
             stack.close()
             print(f"serving; attach with transfer_queue.init({{'address': {runtime.address!r}}})", flush=True)
+            if runtime.info.metrics_endpoint is not None:
+                print(f"metrics at http://{runtime.info.metrics_endpoint}/metrics", flush=True)
             select.select([asked], [], [])
             print("stopping", flush=True)
     return 0

@@ -27,6 +27,13 @@ BACKENDS_ELSEWHERE = ("RayStore", "MooncakeStore", "Yuanrong")  # of libraries w
 _WHERE = ("runtime", "address", "namespace", "attach_timeout_s")
 _PLAIN = (str, int, float, bool, type(None))
 _LEAST_SLACK_BYTES = 16 << 20
+_IN_MEMORY = "rows are in shared memory, see backend.SimpleStorage"
+_UNUSED = {
+    "backend.SimpleStorage.ssd_offload": "rows stay in shared memory, up to backend.SimpleStorage.capacity_bytes",
+    **{f"backend.{name}": _IN_MEMORY for name in BACKENDS_ELSEWHERE},
+}
+_FREE = ("backend.Yuanrong.ucx_env_vars",)  # whose keys are names that users choose
+_warned_of: set[str] = set()  # keys, in this process
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,9 @@ class Settings:
 def merged(conf: DictConfig | Mapping[str, Any] | None) -> DictConfig:
     """Lay `conf` over the packaged defaults. Unknown keys are kept, with a warning that names the nearest known one.
 
-    The caller's object is not changed. Values may be objects (samplers, endpoints).
+    Known keys that have no effect in this library are kept too, with a warning that says what holds instead, unless
+    they have their default. A process warns once of each key. The caller's object is not changed. Values may be objects
+    (samplers, endpoints).
     """
     from omegaconf import OmegaConf
 
@@ -121,6 +130,7 @@ def merged(conf: DictConfig | Mapping[str, Any] | None) -> DictConfig:
     defaults: Any = OmegaConf.to_container(OmegaConf.create(text))
     given = _plain(conf)
     _warn_unknown(defaults, given, "")
+    _warn_unused(defaults, given)
     laid = _laid_over(defaults, given)
     laid["layout"] = environment.text("TQ_LAYOUT") or laid["layout"]  # of who starts the queue, for all that attach
     return OmegaConf.create(laid, flags={"allow_objects": True})
@@ -169,8 +179,6 @@ def settings(conf: DictConfig) -> Settings:
         if not isinstance(conf[name], Mapping):
             raise InvalidArgument(f"{name} must be a section of keys, not {conf[name]!r}")
     storage, controller = conf.backend[backend], conf.controller
-    if storage.get("ssd_offload", {}).get("enabled"):
-        log.warning("backend.%s.ssd_offload does nothing in this library: rows stay in shared memory", backend)
     limits = _limits(conf.limits, _optional(f"backend.{backend}.total_storage_size", storage.total_storage_size))
     return Settings(
         runtime=_one_of("runtime", conf.runtime, RUNTIMES),
@@ -275,9 +283,38 @@ def _laid_over(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, 
 def _warn_unknown(defaults: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
     for key, value in given.items():
         if key not in defaults:
-            log.warning("configuration key %r is not known and is kept as it is%s", path + key, nearest(key, defaults))
-        elif isinstance(value, Mapping) and isinstance(defaults[key], Mapping):
+            if _first_time(path + key):
+                near = nearest(key, defaults)
+                log.warning("configuration key %r is not known and is kept as it is%s", path + key, near)
+        elif isinstance(value, Mapping) and isinstance(defaults[key], Mapping) and path + key not in _FREE:
             _warn_unknown(defaults[key], value, f"{path}{key}.")
+
+
+def _warn_unused(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for section, instead in _UNUSED.items():
+        usual, asked = defaults, given
+        for key in section.split("."):
+            below = asked.get(key)
+            usual, asked = usual[key], below if isinstance(below, Mapping) else {}
+        told = [key for key in _changed(usual, asked, f"{section}.") if _first_time(key)]
+        if told:
+            log.warning("configuration keys without effect in this library: %s; %s", ", ".join(told), instead)
+
+
+def _changed(defaults: Mapping[str, Any], given: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The known keys that are given another value than their default."""
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping) and path + key not in _FREE:
+            yield from _changed(defaults[key], value, f"{path}{key}.")
+        elif key in defaults and value != defaults[key]:
+            yield path + key
+
+
+def _first_time(key: str) -> bool:
+    """Whether this process has not warned of the key yet."""
+    new = key not in _warned_of
+    _warned_of.add(key)
+    return new
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -42,9 +42,9 @@ def seconds(name: str) -> float | None:
     return number
 
 
-def set_logging_level() -> None:
-    """Give the logger of this library the level that TQ_LOGGING_LEVEL names, if it is set."""
-    level = logging_level("TQ_LOGGING_LEVEL")
+def set_logging_level(level: int | None = None) -> None:
+    """Give the logger of this library this level; None: that which TQ_LOGGING_LEVEL names, if it is set."""
+    level = logging_level("TQ_LOGGING_LEVEL") if level is None else level
     if level is not None:
         logging.getLogger("transfer_queue").setLevel(level)
 

@@ -1,12 +1,14 @@
 """From SIGKILL of the controller or of the storage unit to the first call that is served again.
 
 The client does nothing special: its call waits, and is sent again to the successor. Beside it stands a bare start: a
-process of the same kind, started in the same minute, that has nothing to recover and nobody to wait for it.
+process of the same kind, started right before the kill, that has nothing to recover and nobody to wait for it. It has
+the machine to itself, as the successor of a killed process has: whoever uses that one waits until it serves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import signal
@@ -20,7 +22,7 @@ import torch
 
 from benchmarks.control import BATCH, SAMPLE_VALUES, TASK
 from benchmarks.figures import Report
-from benchmarks.safety.sides import WITHOUT, Sides
+from benchmarks.safety.sides import WITHOUT, Sides, SideStage
 from benchmarks.scale import Scale
 from transfer_queue.config import merged, settings
 from transfer_queue.errors import TransferQueueError
@@ -35,11 +37,12 @@ CONTROLLER, UNIT = "controller", "unit-0"
 SERVED = "kill to the first call served"
 BARE = "start of a bare process"
 BEYOND = "beyond a bare start"
-BEYOND_AT_MOST_S = 1.0
 
 _FILLED, _PROBED = "filled", "probed"
 _SMALL_VALUES = 64  # float32 of a sample that only fills the queue
 _CHAINS = 4  # of puts, draws and gets, where there is load
+_CALLS = 4  # of a round: put, draw, get, clear
+_LOADED_S = 0.1  # of load before each kill
 _START_S = 60.0
 _LOOK_S = 0.005
 
@@ -60,11 +63,13 @@ class Load:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> tuple[int, list[str]]:
-        """Return how many rounds were done in all, and the errors of those that raised."""
+    def stop(self) -> None:
         self._over.set()
         for thread in self._threads:
             thread.join()
+
+    def told(self) -> tuple[int, list[str]]:
+        """Return how many rounds were done in all, and the errors of those that raised."""
         return sum(self._rounds), self._failed
 
     def _run(self, number: int) -> None:
@@ -82,39 +87,41 @@ class Load:
 
 
 def measure(report: Report, scale: Scale, kind: str, loaded: bool) -> None:
-    """Add series for each number of samples in the queue; `kind` is `CONTROLLER` or `UNIT`."""
-    state = "under load" if loaded else "idle"
-    bare = report.series(f"{kind}, {state}", BARE, skip=1)
-    with Sides({WITHOUT: {}}) as others:
-        starts = _bare_start(kind, others.runtimes[WITHOUT].info)
-        bare.add(*(starts() for _ in range(1 + scale.kills)))  # those who use the queue wait while it is away
-    with Sides({WITHOUT: {}}) as sides, _load(sides, loaded) as ended:
+    """Add series for each number of samples in the queue; `kind` is `CONTROLLER` or `UNIT`.
+
+    Each kill has a bare start right before it. `BEYOND` are the differences of such pairs, which may be negative.
+    """
+    state = f"{kind}, {'under load' if loaded else 'idle'}"
+    with Sides({WITHOUT: {}}) as others, Sides({WITHOUT: {}}) as sides:
+        start = _bare_start(kind, others.runtimes[WITHOUT].info)
+        start()  # a first one may find nothing in the caches of the machine
+        load = sides.stage(Load) if loaded else None
         for samples in scale.recovered_samples:
-            case = f"{kind}, {state}, {samples:,} samples"
-            served = report.series(case, SERVED)
-            beyond = report.series(case, BEYOND)
-            kills = _kills(sides, kind, samples)
+            series = [report.series(f"{state}, {samples:,} samples", measure) for measure in (SERVED, BARE, BEYOND)]
+            kill = _kills(sides, kind, samples)
             for _ in range(scale.kills):
-                served.add(kills())
-            beyond.add(*(max(0.0, duration_s - bare.p50_s) for duration_s in served.durations_s))
-    if loaded:
-        rounds, failed = ended()
-        report.quantity(f"{kind}, {state}", "calls beside it that raised", len(failed), f"of {4 * rounds}")
+                bare_s = start()  # without load: those who use a server that is away wait
+                with _while(load):
+                    served_s = kill()
+                for one, duration_s in zip(series, (served_s, bare_s, served_s - bare_s), strict=True):
+                    one.add(duration_s)
+        if load is not None:
+            rounds, failed = load.call(WITHOUT, "told")
+            report.quantity(state, "calls beside it that raised", len(failed), f"of {_CALLS * rounds}")
 
 
 @contextlib.contextmanager
-def _load(sides: Sides, wanted: bool) -> Iterator[Callable[[], tuple[int, list[str]]]]:
-    """Have a process that uses the queue until the end; what is yielded says afterwards how it fared."""
-    if not wanted:
-        yield lambda: (0, [])
+def _while(load: SideStage | None) -> Iterator[None]:
+    """Have a process that uses the queue, if there is one, from a moment before."""
+    if load is None:
+        yield
         return
-    told: list[tuple[int, list[str]]] = []
-    stage = sides.stage(Load)
-    stage.call(WITHOUT, "start")
+    load.call(WITHOUT, "start")
     try:
-        yield lambda: told[0]
+        time.sleep(_LOADED_S)
+        yield
     finally:
-        told.append(stage.call(WITHOUT, "stop"))
+        load.call(WITHOUT, "stop")
 
 
 # ---------------------------------------------------------------- kills
@@ -173,7 +180,7 @@ def _settled(child: Child) -> None:
 
 def _bare_start(kind: str, controller: ZMQServerInfo) -> Callable[[], float]:
     """Return what starts a new process of that kind, says how long it took to be ready, and ends it."""
-    conf = settings(merged({"runtime": "processes"}))
+    conf, numbers = settings(merged({"runtime": "processes"})), itertools.count()
 
     def order() -> dict[str, Any]:
         server = {"host": conf.host, "key": f"{secrets.token_hex(8)}/bare", "journal": True}
@@ -181,7 +188,7 @@ def _bare_start(kind: str, controller: ZMQServerInfo) -> Callable[[], float]:
             alone = {"role": "controller", "sampler": conf.sampler, "import_path": sys.path, "ledger": conf.ledger}
         else:
             alone = {"role": "unit", "controller": controller.to_record()}
-            server["unit_id"] = "bare"
+            server["unit_id"] = f"bare-{next(numbers)}"  # the controller has never heard of it
         return {**alone, "server": server, "supervisor": to_record(process_id())}
 
     def start() -> float:

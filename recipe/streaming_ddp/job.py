@@ -83,7 +83,10 @@ def check_weights(weights: Tensor) -> None:
 
 
 def _show(settings: Settings, reports: TensorDict) -> Check:
-    """Print what each rank did; `losses` and `waits_s` are [rank, step]."""
+    """Print what each rank did; `losses` and `waits_s` are [rank, step].
+
+    On a few cores all processes of the job share them: a rank then waits for a processor as well as for its batch.
+    """
     print(f"{NUM_RANKS} ranks on gloo, {settings.num_workers} loader workers each, leases of {settings.lease_s:g} s")
     size_mb = settings.batch_size * settings.num_features * 4 / 2**20
     for rank, (waits_s, rows) in enumerate(zip(reports["waits_s"], reports["row_ids"], strict=True)):
@@ -93,6 +96,7 @@ def _show(settings: Settings, reports: TensorDict) -> Check:
             f"{waits_s[0]:.2f} s, then waited {between[0]:.1f} ms (median), {between[1]:.1f} ms (95%), "
             f"{between[2]:.1f} ms (most)"
         )
+    print(f"cores      {os.cpu_count()}, busy {float(reports['busy'].mean()):.0%} from the first batch to the last")
     losses = reports["losses"].mean(0)
     tenth = max(len(losses) // 10, 1)
     explained = 1 - float(losses[-tenth:].mean())

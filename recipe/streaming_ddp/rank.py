@@ -65,10 +65,12 @@ def loader_of(rank: int, conf: Any, settings: Settings) -> StreamingDataLoader:
 def _train(model: nn.Module, loader: Iterable[tuple[TensorDict, Any]], lr: float) -> dict[str, Tensor]:
     """Step once per batch; the gradients are averaged over the ranks while they are computed.
 
-    Returns `losses` [S], `waits_s` [S] for each batch, `row_ids` [S B], `weights` [number of parameters].
+    Returns `losses` [S], `waits_s` [S] for each batch, `row_ids` [S B], `weights` [number of parameters], and `busy`,
+    the share of the time after the first batch in which the processors of the machine worked, on anything.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     losses, waits_s, row_ids = [], [], []
+    before = processor_ticks()
     for (data, _), waited_s in timed(loader):
         loss = nn.functional.mse_loss(model(data["x"])[:, 0], data["y"])
         optimizer.zero_grad()
@@ -77,12 +79,24 @@ def _train(model: nn.Module, loader: Iterable[tuple[TensorDict, Any]], lr: float
         losses.append(loss.detach())
         waits_s.append(waited_s)
         row_ids.append(data["row_id"])
+        if len(losses) == 1:
+            before = processor_ticks()
+    busy, total = (now - then for now, then in zip(processor_ticks(), before, strict=True))
     return {
         "losses": torch.stack(losses),
         "waits_s": torch.tensor(waits_s),
         "row_ids": torch.cat(row_ids),
+        "busy": torch.tensor(busy / max(total, 1)),
         "weights": parameters_to_vector(model.parameters()).detach(),
     }
+
+
+def processor_ticks() -> tuple[int, int]:
+    """Those for which the processors of the machine worked since its start, and all; see `man 5 proc`."""
+    line = Path("/proc/stat").read_text().partition("\n")[0]
+    ticks = [int(number) for number in line.split()[1:9]]  # what follows is counted in the first two already
+    idle = ticks[3] + ticks[4]
+    return sum(ticks) - idle, sum(ticks)
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:

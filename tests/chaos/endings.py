@@ -30,6 +30,8 @@ _ALWAYS = {
 }
 # A wait for room or for samples may end without them, but not before its time.
 _AFTER_WAITING = frozenset({("put", "CapacityExceeded"), ("draw", "GetMetaTimeout")})
+# Data that a unit lost before it was put is stored again until the deadline; then the put ends, with nothing visible.
+_AFTER_LOSING = frozenset({("put", "BlockLost"), ("score", "BlockLost")})
 
 
 def endings(record: Record) -> Iterator[str]:
@@ -38,6 +40,8 @@ def endings(record: Record) -> Iterator[str]:
         for first in life.calls:
             for call in (first, *first.again):
                 yield from _ending(record, life, first, call)
+            if first.again and first.last.outcome == "ConnectionLost":
+                yield f"the outcome of a call stayed open, {len(first.again)} times asked for: {first}"
 
 
 def _ending(record: Record, life: Life, first: Told, call: Told) -> Iterator[str]:
@@ -61,9 +65,12 @@ def _may_end(record: Record, life: Life, first: Told, call: Told) -> bool:
     if call is not first and (call.outcome == NOTHING_OPEN or ending in _AFTER_WAITING):
         # Who asks for the outcome of an earlier call learns that it changed nothing, or what that call waited for.
         return True
-    if ending in _AFTER_WAITING and call.ended - call.began >= call.timeout_s - _EARLY_S:
+    in_time = call.ended - call.began >= call.timeout_s - _EARLY_S
+    if in_time and ending in _AFTER_WAITING:
         return True
-    if call.outcome == "StaleSampleError" and (_of_a_rank(life, first) or _cleared_before(record, first)):
+    if in_time and ending in _AFTER_LOSING:
+        return any(one.meets(call) and record.reaches(one, life.name) for one in record.disturbances)
+    if call.outcome == "StaleSampleError" and _of_a_rank(life, first):
         return True
     if call.outcome in BROKEN and life.name in record.stopped:
         # Its own deadlines passed while it was stopped, at any moment of the fault that stopped it.
@@ -89,12 +96,3 @@ def _of_a_rank(life: Life, call: Told) -> bool:
         return False
     started_again = not life.name.endswith("-0")
     return started_again or any(other.last.outcome != OK for other in life.calls if other.op in ("ack", "draw"))
-
-
-def _cleared_before(record: Record, call: Told) -> bool:
-    """Whether somebody else, or this cleaner in a call that broke off, was to clear some of the same samples."""
-    if call.op != "clear":
-        return False
-    own = set(call.facts["sequences"])
-    earlier = (other for other in record.calls("clear") if other is not call and other.began < call.began)
-    return any(own & set(other.facts["sequences"]) for other in earlier)

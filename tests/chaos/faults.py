@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from tests.chaos.armed import KINDS as STEPS
+from tests.chaos.endings import BROKEN
 from tests.chaos.proxy import DOWN, TCP, UNIX, UP, Proxy
 from tests.chaos.proxy import KINDS as MESSAGE_FAULTS
 from tests.chaos.queue_under_test import QueueUnderTest, wait_until
@@ -190,7 +191,8 @@ _OPERATIONS = ("put", "score", "draw", "read", "ack", "release", "clear", "statu
 
 # A call that a server's death or a lost message meets is sent again by itself, and by the caller under its id; if that
 # takes longer than its deadline, its outcome is open (HAZARDS P1).
-_CUT = frozenset((op, outcome) for op in _OPERATIONS for outcome in ("ConnectionLost", "DeadlineExceeded"))
+_CUT = frozenset((op, outcome) for op in _OPERATIONS for outcome in BROKEN)
+_CUT_AT_UNIT = frozenset((op, outcome) for op in ("put", "score", "read") for outcome in BROKEN)  # all that units do
 # HAZARDS F26: while its journal cannot grow the controller refuses what would commit more, grants among it; acks,
 # releases and clears have a reserve. F17, F26: a unit without space lends none, and cannot write down a pin.
 _NO_JOURNAL = frozenset((op, "CapacityExceeded") for op in ("put", "score", "draw"))
@@ -219,8 +221,8 @@ FAULTS = (
           units=2, allows=_RAISES),
     Fault("kill controller", "F09 F10", _SIGKILL, _kill_server("controller"), allows=_CUT),
     Fault("kill controller at a step", "F09", _ARMED, _trip("controller"), allows=_CUT),
-    Fault("kill unit", "F11", _SIGKILL, _kill_server("unit"), allows=_CUT),
-    Fault("kill unit at a step", "F11", _ARMED, _trip("unit"), allows=_CUT),
+    Fault("kill unit", "F11", _SIGKILL, _kill_server("unit"), allows=_CUT_AT_UNIT),
+    Fault("kill unit at a step", "F11", _ARMED, _trip("unit"), allows=_CUT_AT_UNIT),
     Fault("fork", "F13 F14", "fork at random moments, while other threads put, draw, read, acknowledge and wait",
           _scenario(fork_in_calls)),
     Fault("zombie consumer", "F15 F33", "SIGSTOP beyond the lease, SIGCONT", _stop_worker("scorer"), whom=STOPPED),
@@ -233,11 +235,11 @@ FAULTS = (
     Fault("suspend", "F23", "SIGSTOP of all processes for 0.3–2.5 leases, wall clock 1 h ahead, SIGCONT",
           _scenario(everything_stops), whom=STOPPED),
     Fault("SIGTERM controller", "F32", "SIGTERM under load", _terminate("controller"), allows=_CUT),
-    Fault("SIGTERM unit", "F32", "SIGTERM under load", _terminate("unit"), allows=_CUT),
+    Fault("SIGTERM unit", "F32", "SIGTERM under load", _terminate("unit"), allows=_CUT_AT_UNIT),
     Fault("janitor beside a dead controller", "F37", "SIGKILL, janitor before the restart",
           _kill_server("controller", janitor=True), allows=_CUT),
     Fault("janitor beside a dead unit", "F37", "SIGKILL, janitor before the restart",
-          _kill_server("unit", janitor=True), allows=_CUT),
+          _kill_server("unit", janitor=True), allows=_CUT_AT_UNIT),
     Fault("full memory", "F16", "consumers stand still, producers run into the limit", _slow_consumers, whom=STOPPED),
     Fault("full disk (journal of the controller)", "F26", "ENOSPC from all file calls for 1–3 s", _full("controller"),
           allows=_NO_JOURNAL),

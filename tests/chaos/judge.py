@@ -5,10 +5,11 @@ The rules hold whatever was injected. Each exception from them is tied to the fa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.chaos.draw_rules import clears, counted, grants, groups, slices
 from tests.chaos.endings import endings
 from tests.chaos.lease_rules import consumption, deliveries, duplicates, lease_ends
 from tests.chaos.record import Record
@@ -28,8 +29,7 @@ class Verdict:
 
 def judge(record: Record) -> Verdict:
     """Check a run."""
-    rules = (_leftovers, endings, _contents, _accounts, _bytes, _puts, consumption, deliveries, duplicates, lease_ends)
-    violations = [violation for rule in rules for violation in rule(record)]
+    violations = [violation for rule in _RULES for violation in rule(record)]
     if len(violations) > _MOST_SHOWN:
         violations[_MOST_SHOWN:] = [f"and {len(violations) - _MOST_SHOWN} more"]
     return Verdict(violations, _counts(record))
@@ -121,6 +121,13 @@ def _puts(record: Record) -> Iterator[str]:
     inserted = sum(found["inserted"] for name, found in record.audit["partitions"].items() if name in PARTITIONS)
     if inserted != len(seen):
         yield f"the queue counts {inserted} samples, the processes have seen {len(seen)}"
+
+
+_RULES: tuple[Callable[[Record], Iterator[str]], ...] = (
+    *(_leftovers, endings, _contents, _accounts, _bytes, _puts),
+    *(consumption, deliveries, duplicates, lease_ends),
+    *(groups, slices, grants, counted, clears),
+)
 
 
 def _counts(record: Record) -> dict[str, int]:

@@ -58,8 +58,8 @@ def deliveries(record: Record) -> Iterator[str]:
 def _was_over(record: Record, first: Told, second: Told) -> bool:
     """Whether the lease of the first draw, that nobody settled, can have been over when the second was answered."""
     holder, answered = record.lives[first.life], second.last.ended or 0.0
-    if first.life in record.proxied:
-        return True  # a lease ends with the connection of its holder, which the proxy may have broken unseen
+    if record.meddled(first.life, answered):
+        return True  # a lease ends with the connection of its holder
     if first.life in record.killed and holder.calls[-1].began <= answered:
         return True  # a lease ends at once with its holder, who made no call after this
     return bool(answered >= first.began + holder.notes[0]["lease_s"])
@@ -107,11 +107,12 @@ def _end(record: Record, life: Life, call: Told, draw: Told | None, gone: Told |
         yield f"rows were gone under a lease that was good: {gone}"
     if draw is None:
         return
-    if call.last.outcome == "LeaseExpired" and life.name not in record.proxied and not draw.get("replayed"):
-        # Not where a proxy may have broken the connection, which ends leases; nor for a slice that a rank got again
-        # under the lease that an earlier life of it had.
-        held_s = (call.last.ended or 0.0) - draw.began
-        if held_s < lease_s:
+    if call.last.outcome == "LeaseExpired" and not draw.get("replayed"):
+        # Not for a slice that a rank got again under the lease that an earlier life of it had. A lease also ends with
+        # the connection of its holder.
+        ended = call.last.ended or 0.0
+        held_s = ended - draw.began
+        if held_s < lease_s and not record.meddled(life.name, ended):
             yield f"a lease ended {held_s:.2f} s after it was asked for: {call} drawn by {draw}"
     late_s = call.began - _counted_from(record, draw, call) - lease_s
     if call.last.outcome == OK and late_s > _LATE_S and call.get("count", 1):

@@ -1,10 +1,12 @@
-"""The fault matrix as a Markdown table: `python -m tests.chaos.matrix FILE…`, of what `--json` wrote.
+"""The fault matrix as Markdown: `python -m tests.chaos.matrix [FILE…] [--readme]`, of what `--json` wrote.
 
-Each row is injected by the random run, by the kills at every step, or by the tests of the suite that it names.
+Each row is injected by the random run, by the kills at every step, or by the tests of the suite that it names. Without
+files it is made of those in `tests/chaos/results`; `--readme` writes it into the README.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.numbers import README, written
 from tests.chaos.rows import ROWS, Row
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN = "<!-- fault matrix: `python -m tests.chaos.matrix --readme` writes what follows -->"
+END = "<!-- end of fault matrix -->"
 
 # The rows to which the kills at every step belong, by operation (for the client) and by server.
 _ROWS_OF_CLIENT = {"put": ("F04", "F05", "F06"), "draw": ("F01",), "ack": ("F02", "F03")}
@@ -47,9 +54,9 @@ def _line(name: str, row: Row, injected: dict[str, _Sum]) -> str:
     times, reached, failed = (
         sum(getattr(one, what) for one in injected.values()) for what in ("times", "reached", "failed")
     )
-    outcome = "holds" if reached else "as the tests assert" if row.tests else "not run"
+    outcome = row.outcome if reached or row.tests else "not run"
     if failed:
-        outcome = f"{failed} times in a run with a violation"
+        outcome = f"{failed} times in a run with a violation; else {row.outcome}"
     if row.but:
         outcome += f"; {row.but}"
     count = f"{times}" if times == reached else f"{times}, {reached} of them reached"
@@ -108,7 +115,8 @@ def _steps(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def _told(outcomes: dict[str, int]) -> str:
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-    return f"{sum(outcomes.values())} kills: {told}" if outcomes else "has no step in it"
+    times = sum(outcomes.values())
+    return f"{times} kill{'s' if times > 1 else ''}: {told}" if outcomes else "has no step in it"
 
 
 def _below(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -132,5 +140,18 @@ def _below(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def main(argv: Sequence[str] | None = None, readme: Path = README, results: Path = RESULTS) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.matrix", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"default: those in {results.name}")
+    parser.add_argument("--readme", action="store_true", help="write it into the README instead of printing it")
+    options = parser.parse_args(argv)
+    text = matrix([json.loads(path.read_text()) for path in options.files or sorted(results.glob("*.json"))])
+    if options.readme:
+        readme.write_text(written(readme.read_text(), text, BEGIN, END))
+    else:
+        sys.stdout.write(f"{text}\n")
+    return 0
+
+
 if __name__ == "__main__":
-    sys.stdout.write(matrix([json.loads(Path(name).read_text()) for name in sys.argv[1:]]) + "\n")
+    sys.exit(main())

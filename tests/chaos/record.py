@@ -70,6 +70,11 @@ class Record:
         """Whether a fault can have met this life."""
         return {"": True, STOPPED: life in self.stopped, PROXIED: life in self.proxied}[disturbance.whom]
 
+    def meddled(self, life: str, until: float) -> bool:
+        """Whether a proxy may have broken a connection of this life by then, unseen and for long."""
+        began = (one.began for one in self.disturbances if one.whom == PROXIED)
+        return life in self.proxied and any(at <= until for at in began)
+
     def seen(self) -> set[int]:
         """Sequence numbers of samples that any draw returned, or that are there."""
         drawn = {int(key) for call in self.calls("draw") for key in call.get("keys") or ()}

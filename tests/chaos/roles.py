@@ -25,6 +25,7 @@ from tests.chaos.samples import GROUP, SCORE, damaged, fields_of, scores_of
 from tests.chaos.sidelog import SideLog
 from transfer_queue import TransferQueueClient
 from transfer_queue.errors import (
+    BlockLost,
     CapacityExceeded,
     ConnectionLost,
     DeadlineExceeded,
@@ -44,7 +45,7 @@ STOP, STOP_PRODUCING = "stop", "stop-producing"
 _DRAW_S = 0.5
 _LAST_DRAW_S = 0.05  # once nothing more comes, the other partition may be the one with samples
 _PAUSE_S = 0.3  # of the cleaner
-_EXPECTED = (ConnectionLost, DeadlineExceeded, LeaseExpired, RemoteError)  # the judge knows when each may be
+_EXPECTED = (BlockLost, ConnectionLost, DeadlineExceeded, LeaseExpired, RemoteError)  # the judge knows when each may be
 _REFUSED_S = 0.05  # until the next try, where there was no room
 
 
@@ -304,8 +305,7 @@ def _cleaner(worker: Worker) -> Callable[[], None]:
 
     def clear(meta: BatchMeta) -> None:
         facts = {"sequences": sequences_of(meta)}
-        with contextlib.suppress(StaleSampleError):  # an earlier life was still to clear them
-            worker.caller.call("clear", lambda: worker.client.clear_samples(meta), timeout_s=60.0, **facts)
+        worker.caller.call("clear", lambda: worker.client.clear_samples(meta), timeout_s=60.0, **facts)
 
     return turn
 

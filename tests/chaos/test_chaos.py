@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def zygote() -> Iterator[Zygote]:
 )
 def test_nothing_is_lost(seed: int, names: list[str], zygote: Zygote, tmp_path: Path) -> None:
     """Whatever is injected: each sample is consumed, duplicates are counted, contents are right, nothing is left."""
-    done = run_round(seed, [BY_NAME[name] for name in names], 2.0, zygote, tmp_path, samples=100)
+    done = run_round(seed, [BY_NAME[name] for name in names], 2.0, zygote, tmp_path, samples=60)
     assert not done.violations, "\n".join(done.violations)
     assert done.counts["samples"] > 100
     assert matrix([summary(seed, done.seconds, [done]) | {"steps": {"kills": [], "violations": []}}]).startswith(
@@ -53,7 +54,7 @@ def test_killed_at_a_step_an_operation_is_done_once_or_not_at_all(zygote: Zygote
     assert report.kills.total() > 0
 
 
-def test_a_violation_leaves_its_evidence_and_ends_nothing(tmp_path: Path) -> None:
+def test_a_violation_leaves_its_evidence_and_ends_nothing(zygote: Zygote, tmp_path: Path) -> None:
     """Of a fault that did not end well, and of a round that broke off: a folder, and the summary so far."""
     errors = iter([Violated("as the test asked"), AssertionError("so did this")])
 
@@ -61,7 +62,7 @@ def test_a_violation_leaves_its_evidence_and_ends_nothing(tmp_path: Path) -> Non
         raise next(errors, TimeoutError("and this"))
 
     fault, told, saved = Fault("breaks", "F00", "raises", inject), list[str](), list[dict[str, Any]]()
-    with mock.patch("tests.chaos.run.FAULTS", (fault,)):
+    with mock.patch.multiple("tests.chaos.run", FAULTS=(fault,), Zygote=lambda: contextlib.nullcontext(zygote)):
         found = run(0.05, 13, [fault], tmp_path, told.append, saved.append)
     text = "\n".join(found["violations"])
     assert "'breaks' did not end well: Violated: as the test asked" in text

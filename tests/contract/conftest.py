@@ -13,6 +13,7 @@ from transfer_queue import TransferQueueClient
 from transfer_queue.config import merged, settings
 from transfer_queue.metadata import ZMQServerInfo
 
+CAPACITY_BYTES = 64 << 20
 ROUTES = ["in_process", "unix", "tcp", "ray", "ray_tcp"]
 _partitions = itertools.count()
 
@@ -33,7 +34,8 @@ def embedded_queue() -> Iterator[Any]:
     """A controller and a unit in this process."""
     from transfer_queue.runtime.embedded import EmbeddedRuntime
 
-    runtime = EmbeddedRuntime(settings(merged({"runtime": "embedded"})))
+    storage = {"capacity_bytes": CAPACITY_BYTES}
+    runtime = EmbeddedRuntime(settings(merged({"runtime": "embedded", "backend": {"SimpleStorage": storage}})))
     yield runtime
     runtime.close()
 
@@ -45,7 +47,7 @@ def ray_queue(ray_session: Any) -> Iterator[ZMQServerInfo]:
 
     controller = TransferQueueController.remote()
     info = ray_session.get(controller.get_zmq_server_info.remote())
-    unit = SimpleStorageUnit.remote(controller_info=info, capacity_bytes=1 << 30)
+    unit = SimpleStorageUnit.remote(controller_info=info, capacity_bytes=CAPACITY_BYTES)
     ray_session.get(unit.get_info.remote())
     yield info
     ray_session.get([unit.shutdown.remote(), controller.shutdown.remote()])

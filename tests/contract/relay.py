@@ -43,7 +43,11 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._server_port))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server_port))
+                except ConnectionRefusedError:  # the server is away
+                    client.close()
+                    continue
                 self._sockets += [client, server]
                 for source, sink, back in ((client, server, False), (server, client, True)):
                     self._threads.append(threading.Thread(target=self._pass_on, args=(source, sink, back)))

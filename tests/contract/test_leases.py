@@ -100,6 +100,7 @@ def test_samples_of_an_overdue_lease_go_to_who_waits(queue: Any, partition: str)
     assert queue.ack(new) == 2
 
 
+@pytest.mark.parametrize("connect", ["in_process", pytest.param("ray_tcp", marks=pytest.mark.ray)], indirect=True)
 def test_a_renewed_lease_lasts(queue: Any, partition: str) -> None:
     """For as long as asked, or as it was granted for; the meta knows until when."""
     queue.put({"x": torch.arange(2)}, partition_id=partition)
@@ -243,6 +244,7 @@ def test_leaving_a_block_too_late_says_that_the_work_may_be_done_twice(client: A
     assert "could not be given back: LeaseExpired" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("connect", ["unix", "tcp"], indirect=True)
 def test_a_block_that_renews_may_take_long(queue: Any, use: Use, partition: str) -> None:
     """Longer than its lease, while nobody else gets the samples; its thread ends with it."""
     queue.put({"x": torch.arange(2)}, partition_id=partition)
@@ -278,6 +280,77 @@ def test_a_cancelled_block_gives_back(client: Any, partition: str) -> None:
 
     asyncio.run(main())
     assert client.get_meta(["x"], 2, partition, task_name="t", timeout=0).size == 2
+
+
+# ---------------------------------------------------------------- acknowledging without waiting
+
+
+def test_what_is_asked_after_an_acknowledgement_sees_it(queue: Any, partition: str) -> None:
+    """Though nobody waited for it: an audit, another acknowledgement, a clear."""
+    queue.put({"x": torch.arange(9)}, partition_id=partition)
+    for number in range(3):
+        meta = queue.get_meta(["x"], 2, partition, task_name="t", lease=30)
+        assert queue.ack(meta, wait=False) == 0
+        assert account(queue, partition)["consumed"] == 2 * (number + 1)
+    assert queue.ack(meta) == 0
+    last = queue.get_meta(["x"], 3, partition, task_name="t", lease=30, timeout=0)
+    queue.ack(last, wait=False)
+    queue.clear_samples(last)
+    assert account(queue, partition)["leases"]["acked"] == 9
+
+
+def test_a_draw_that_waits_is_woken_by_an_acknowledgement(queue: Any, partition: str) -> None:
+    """The one that this client did not wait for."""
+    queue.put({"x": torch.arange(2)}, partition_id=partition)
+    queue.put({"x": torch.arange(2)}, partition_id=partition, is_last=True)
+    for _ in range(2):
+        queue.ack(queue.get_meta(["x"], 2, partition, task_name="t", lease=30), wait=False)
+    assert queue.get_meta(["x"], 2, partition, task_name="t", lease=30, timeout=WAIT_S).extra_info["end_of_stream"]
+
+
+def test_an_acknowledgement_that_comes_too_late_is_told(
+    client: Any, queue: Any, partition: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It raises nowhere; a warning is logged, and the samples are counted. What is wrong in the call raises."""
+    queue.put({"x": torch.arange(2)}, partition_id=partition)
+    late = queue.get_meta(["x"], 2, partition, task_name="t", lease=SHORT_S)
+    new = queue.get_meta(["x"], 2, partition, task_name="t", lease=30, timeout=WAIT_S)
+    assert queue.ack(late, wait=False) == 0
+    assert queue.ack(new) == 2
+    assert client.late_acks == 2
+    assert "2 samples are not acknowledged and may be handed out again: lease" in caplog.text
+    with pytest.raises(InvalidArgument, match="not leased"):
+        queue.ack(queue.put({"x": torch.arange(1)}, partition_id=partition), wait=False)
+    assert client.late_acks == 2
+
+
+def test_a_block_that_does_not_wait_for_its_acknowledgement(queue: Any, use: Use, partition: str) -> None:
+    """It acknowledges when it ends, also if it renewed, and gives back if it raises."""
+    queue.put({"x": torch.arange(4)}, partition_id=partition)
+    use(lambda meta, data: None, ["x"], 2, partition, task_name="t", wait=False, renew=True)
+    assert account(queue, partition)["consumed"] == 2
+
+    def body(meta: Any, data: Any) -> None:
+        raise ValueError("the work failed")
+
+    with pytest.raises(ValueError, match="the work failed"):
+        use(body, ["x"], 2, partition, task_name="t", wait=False)
+    assert queue.get_meta(["x"], 2, partition, task_name="t", timeout=0).size == 2
+
+
+@pytest.mark.parametrize("how", ["close", "async_close"])
+def test_closing_waits_for_acknowledgements(connect: Any, client: Any, partition: str, how: str) -> None:
+    """So a consumer may end right after its last one."""
+    client.put({"x": torch.arange(6)}, partition_id=partition)
+    consumer = connect("consumer")
+    for _ in range(3):
+        consumer.ack(consumer.get_meta(["x"], 2, partition, task_name="t", lease=30), wait=False)
+    if how == "close":
+        consumer.close()
+    else:
+        asyncio.run(consumer.async_close())
+    assert account(client, partition)["consumed"] == 6
+    assert consumer.late_acks == 0
 
 
 # ---------------------------------------------------------------- who holds them

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -247,7 +246,7 @@ def children() -> list[int]:
     return list(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
 
-def test_memory_stays_bounded_when_producers_are_faster() -> None:
+def test_memory_stays_bounded_when_producers_are_faster(forked: Any) -> None:
     """One that could put ten times as fast as the consumer takes: no process grows beyond the limit and 15 %.
 
     What counts is resident memory, shared memory included, beyond what the process had before any traffic.
@@ -255,20 +254,20 @@ def test_memory_stays_bounded_when_producers_are_faster() -> None:
     puts = 384
     before = set(children())
     conf = tq.init({"runtime": "processes", "limits": {"total_bytes": LIMIT_BYTES}})
-    workers = []
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(tq.close)
         servers = set(children()) - before
-        for role in ("producer", "consumer"):
-            command = [sys.executable, "-c", _WORKER, role, conf.address, str(puts)]
-            workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        workers = [
+            ending.enter_context(forked(_WORKER, role, conf.address, str(puts))) for role in ("producer", "consumer")
+        ]
         for worker in workers:
-            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+            assert worker.stdout.readline() == "ready\n"
         processes = [*servers, *(worker.pid for worker in workers)]
         at_rest = {pid: peak - shared for pid, (peak, shared) in ((pid, memory(pid)) for pid in processes)}
         for worker in workers:
             print(file=worker.stdin, flush=True)
         for worker in workers:
-            assert worker.stdout is not None and worker.stdout.readline() == "done\n"
+            assert worker.stdout.readline() == "done\n"
         growth = {pid: memory(pid)[0] - at_rest[pid] for pid in processes}
         assert len(servers) == 2 and max(growth.values()) <= 1.15 * LIMIT_BYTES, growth
         assert min(growth[worker.pid] for worker in workers) > 0.8 * LIMIT_BYTES, "the limit was not reached"
@@ -276,8 +275,3 @@ def test_memory_stays_bounded_when_producers_are_faster() -> None:
             worker.communicate("\n", timeout=WAIT_S)
         account = tq.get_client().audit("p")["partitions"]["p"]
         assert (account["inserted"], account["tasks"]["t"]["consumed"]) == (8 * puts, 8 * puts)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-        tq.close()

@@ -97,12 +97,12 @@ def test_a_waiting_draw_is_woken(queue: Any, partition: str, client: Any) -> Non
 
 def test_a_waiting_draw_delays_nobody(queue: Any, partition: str, connect: Any) -> None:
     """While draws wait, requests of other clients, and of the same one, are answered at once."""
+    found: list[int] = []
 
-    def wait_in_vain() -> None:
-        with pytest.raises(GetMetaTimeout):
-            queue.get_meta(["never"], 1, partition, task_name="t", timeout=1)
+    def wait() -> None:
+        found.append(queue.get_meta(["late"], 1, partition, task_name="t").size)
 
-    waiting = [threading.Thread(target=wait_in_vain) for _ in range(3)]
+    waiting = [threading.Thread(target=wait) for _ in range(3)]
     for thread in waiting:
         thread.start()
     started = time.perf_counter()
@@ -111,22 +111,26 @@ def test_a_waiting_draw_delays_nobody(queue: Any, partition: str, connect: Any) 
         other.put({"x": torch.tensor([k])}, partition_id=partition)
     assert queue.get_meta(["x"], 10, partition, task_name="t").size == 10
     assert time.perf_counter() - started < 0.9
+    assert not found
+    other.put({"late": torch.zeros(3)}, partition_id=partition)
     for thread in waiting:
         thread.join(10)
+    assert found == [1, 1, 1]
 
 
 def test_stale_handles_are_refused(queue: Any, partition: str) -> None:
-    """After a clear, old handles raise at get, put and clear, and never touch the rows that took their slots."""
+    """After a clear, old handles raise at get and put, clear nothing, and never touch rows that took their slots."""
     old = queue.put({"x": torch.arange(3)}, partition_id=partition)
     assert queue.clear_samples(old) == 3
     new = queue.put({"x": torch.arange(3) + 10}, partition_id=partition)
     for call in (
         lambda: queue.get_data(old),
         lambda: queue.put({"y": torch.zeros(3)}, metadata=old),
-        lambda: queue.clear_samples(old),
     ):
         with pytest.raises(StaleSampleError, match="cleared"):
             call()
+    assert new.global_indexes == old.global_indexes
+    assert queue.clear_samples(old) == 0
     assert queue.get_data(new)["x"].tolist() == [10, 11, 12]
 
 
@@ -304,12 +308,12 @@ def test_many_shapes_of_puts_join(queue: Any, partition: str) -> None:
 
 
 def test_large_and_small_puts_free_their_space(queue: Any, partition: str) -> None:
-    """Put, read and clear of many megabytes goes on for ever in bounded memory."""
-    for round_ in range(8):
+    """More than fits into the unit passes through it, piece by piece."""
+    for round_ in range(5):
         meta = queue.put(
-            {"big": torch.full((64, 1 << 18), float(round_)), "n": torch.arange(64)}, partition_id=partition
+            {"big": torch.full((64, 1 << 16), float(round_)), "n": torch.arange(64)}, partition_id=partition
         )
-        assert float(queue.get_data(meta, ["big"])["big"].sum()) == round_ * (64 << 18)
+        assert float(queue.get_data(meta, ["big"])["big"].sum()) == round_ * (64 << 16)
         queue.clear_samples(meta)
 
 

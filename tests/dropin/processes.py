@@ -14,8 +14,8 @@ from typing import Any
 
 TIMEOUT_S = 60.0
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # the libraries are imported once, in the server
-_CONTEXT.set_forkserver_preload(["torch", "tensordict", "omegaconf", "pytest", "hypothesis", "transfer_queue.session"])
+CONTEXT = multiprocessing.get_context("forkserver")  # the libraries are imported once, in the server
+CONTEXT.set_forkserver_preload(["torch", "tensordict", "omegaconf", "pytest", "hypothesis", "transfer_queue.session"])
 
 
 @contextlib.contextmanager
@@ -28,8 +28,8 @@ def working(target: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Ite
     begun = []
     try:
         for arguments in calls:
-            here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_work, args=(there, target, arguments))
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_work, args=(there, target, arguments))
             process.start()
             there.close()
             begun.append((process, here))

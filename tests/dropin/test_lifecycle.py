@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import multiprocessing
 import os
 import pickle
 import threading
@@ -17,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 import transfer_queue as tq
+from tests.dropin.processes import in_processes
 from transfer_queue.errors import NotInitialized
 from transfer_queue.samplers import BaseSampler
 
@@ -117,12 +117,12 @@ def test_05_a_queue_that_is_started_warns_of_nothing(
     assert caplog.messages == []
 
 
-def test_06_attaching_returns_the_live_configuration(tmp_path: Path) -> None:
+def test_06_attaching_returns_the_live_configuration() -> None:
     conf = tq.init({**EMBEDDED, "layout": "jagged", "mine": {"a": 1}, "controller": {"polling_mode": True}})
     tq.get_client().put({"x": torch.arange(4)}, partition_id="p")
-    there = _in_a_process(_attach, {"address": conf.address, "layout": "dense"}, tmp_path)
+    [there] = in_processes(_attach, [({"address": conf.address, "layout": "dense"},)])
     assert there == ("jagged", 1, True, conf.controller.zmq_info.session_id, ["p"])
-    assert _in_a_process(_attach, conf, tmp_path) == there
+    assert in_processes(_attach, [(conf,)]) == [there]
 
 
 def test_06_attaching_to_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
@@ -154,11 +154,11 @@ def test_08_close_before_init_and_twice_and_start_again() -> None:
         tq.get_client().put({"x": torch.arange(3)}, partition_id="p")
 
 
-def test_08_an_attached_process_that_closes_stops_nobody(tmp_path: Path) -> None:
+def test_08_an_attached_process_that_closes_stops_nobody() -> None:
     conf = tq.init(EMBEDDED)
     tq.get_client().put({"x": torch.arange(4)}, partition_id="p")
     for _ in range(2):
-        _in_a_process(_attach, {"address": conf.address}, tmp_path)
+        in_processes(_attach, [({"address": conf.address},)])
     assert tq.get_client().get_partition_list() == ["p"]
 
 
@@ -225,26 +225,14 @@ def test_47_assigning_none_to_the_client_detaches() -> None:
 # ---------------------------------------------------------------- in other processes
 
 
-def _attach(conf: Any, out: Any) -> None:
+def _attach(conf: Any) -> tuple[Any, ...]:
     live = tq.init(conf)
     own = live.get("mine", {}).get("a")
     session = live.controller.zmq_info.session_id
-    out.put((live.layout, own, live.controller.polling_mode, session, tq.get_client().get_partition_list()))
+    found = live.layout, own, live.controller.polling_mode, session, tq.get_client().get_partition_list()
     tq.close()
     tq.close()
-
-
-def _in_a_process(target: Any, conf: Any, _: Path) -> Any:
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    process = context.Process(target=target, args=(conf, out))
-    process.start()
-    try:
-        return out.get(timeout=60)
-    finally:
-        process.join(60)
-        out.close()
-        out.join_thread()
+    return found
 
 
 def _child_that_inits() -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +19,7 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 
 import transfer_queue as tq
+from tests.dropin.processes import CONTEXT
 from transfer_queue.dataloader import StreamingDataLoader, StreamingDataset, chunk_batch_fn, default_fetch_batch_fn
 from transfer_queue.metadata import BatchMeta
 
@@ -259,53 +258,86 @@ def test_42_what_was_drawn_ahead_under_a_lease_is_given_back(conf: Any, partitio
 
 # ---------------------------------------------------------------- other processes
 
-_RANK = """
-import json, sys
-import transfer_queue as tq
-from transfer_queue.dataloader import StreamingDataLoader, StreamingDataset
 
-address, partition, out = sys.argv[1:4]
-
-if __name__ == "__main__":
+def _rank(address: str, partition: str, out: Path) -> None:
+    """Write a line per piece; with its workers this process is a group of its own, which can be killed as a whole."""
+    os.setsid()
     conf = tq.init({"address": address})
     stream = StreamingDataset(conf, 64, 16, ["x"], partition, "train", 0, True, lease=30.0, keep_batches=False)
     loader = StreamingDataLoader(stream, num_workers=2)
-    with open(out, "a", buffering=1) as file:
-        for data, meta in loader:
-            file.write(json.dumps(data["x"].tolist()) + "\\n")
+    with out.open("a", buffering=1) as file:
+        for data, _ in loader:
+            file.write(json.dumps(data["x"].tolist()) + "\n")
     loader.close()
     tq.close()
-"""
+
+
+class _Ranks:
+    """Processes that read one partition. Rows come as they are read: none has all before another has begun."""
+
+    def __init__(self, address: str, partition: str, folder: Path) -> None:
+        self.total = 0
+        self._places = address, partition
+        self._folder = folder
+        self._processes: dict[str, Any] = {}
+
+    def start(self, name: str) -> None:
+        process = CONTEXT.Process(target=_rank, args=(*self._places, self._folder / name))
+        process.start()
+        self._processes[name] = process
+
+    def lines(self, name: str) -> list[str]:
+        file = self._folder / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    def put(self, count: int, *, last: bool = False) -> None:
+        data = {"x": torch.arange(self.total, self.total + count)}
+        tq.get_client().put(data, partition_id=self._places[1], is_last=last)
+        self.total += count
+
+    def feed(self, name: str, pieces: int, total: int) -> None:
+        """Put rows until this rank has written so many pieces of 16, and at least so many rows were put in all."""
+        deadline = time.monotonic() + 60
+        while len(self.lines(name)) < pieces or self.total < total:
+            assert time.monotonic() < deadline
+            if self.total - 16 * sum(len(self.lines(each)) for each in self._processes) < 1280:
+                self.put(640)
+            time.sleep(0.005)
+
+    def kill(self, name: str) -> None:
+        os.killpg(self._processes[name].pid, signal.SIGKILL)
+
+    def statuses(self) -> list[int | None]:
+        for process in self._processes.values():
+            process.join(60)
+        return [process.exitcode for process in self._processes.values()]
+
+    def close(self) -> None:
+        for name, process in self._processes.items():
+            if process.is_alive():
+                self.kill(name)
+            process.join()
+            process.close()
 
 
 @pytest.mark.timeout(120)
 def test_42_no_row_is_lost_when_a_rank_is_killed_and_started_again(conf: Any, partition: str, tmp_path: Path) -> None:
     """2 ranks with 2 workers each; what those of a killed rank had drawn ahead goes to others."""
-    total = 6400
-    tq.get_client().put({"x": torch.arange(total)}, partition_id=partition, is_last=True)
-    program = tmp_path / "rank.py"
-    program.write_text(_RANK)
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(program), conf.address, partition, str(tmp_path / name)]
-        return subprocess.Popen(command, start_new_session=True)
-
-    ranks = [start("0"), start("1")]
-    victim = tmp_path / "1"
-    deadline = time.monotonic() + 60
-    while not victim.exists() or victim.stat().st_size < 2000:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(ranks[1].pid, signal.SIGKILL)
-    ranks[1].wait(30)
-    again = start("2")
-    for rank in (ranks[0], again):
-        assert rank.wait(60) == 0
-    lines = [line for path in sorted(tmp_path.glob("[0-9]")) for line in path.read_text().splitlines()]
-    counts = Counter(value for line in lines for value in json.loads(line))
-    assert len(counts) == total
+    with closing(_Ranks(conf.address, partition, tmp_path)) as ranks:
+        ranks.put(640)
+        for name in ("0", "1"):
+            ranks.start(name)
+        ranks.feed("1", pieces=25, total=640)
+        ranks.kill("1")
+        ranks.start("2")
+        ranks.feed("2", pieces=1, total=6400)
+        ranks.put(64, last=True)
+        assert ranks.statuses() == [0, -signal.SIGKILL, 0]
+        lines = [line for name in ("0", "1", "2") for line in ranks.lines(name)]
+        counts = Counter(value for line in lines for value in json.loads(line))
+        assert len(counts) == ranks.total
     twice = [value for value, count in counts.items() if count == 2]
-    assert counts.total() - total == len(twice) <= 16  # the piece that the rank had in hand when the signal came
+    assert counts.total() - len(counts) == len(twice) <= 16  # the piece that it had in hand when the signal came
 
 
 def test_43_a_stream_may_start_before_its_producer(conf: Any, partition: str, monkeypatch: pytest.MonkeyPatch) -> None:

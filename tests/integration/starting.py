@@ -8,13 +8,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from tests.leaks import Snapshot
+import pytest
 
-TIMEOUT_S = 50.0
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, TIMEOUT_S, Forked
+from tests.leaks import Snapshot
+from transfer_queue.wire.channel import Peer
+
+__all__ = ["TIMEOUT_S", "folders", "impatient", "line_of", "program", "wait_until"]
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def program(code: str, *arguments: str, module: str = "") -> Iterator[subprocess
             process.kill()
 
 
-def line_of(process: subprocess.Popen[str]) -> str:
+def line_of(process: subprocess.Popen[str] | Forked) -> str:
     """Return the next line that a program prints; fails with its errors if it ended instead."""
     assert process.stdout is not None and process.stderr is not None
     line = process.stdout.readline()
@@ -54,3 +56,11 @@ def wait_until(holds: Callable[[], Any]) -> None:
 def folders() -> set[str]:
     """The folders of sessions in shared memory, without those of other test runs beside this one."""
     return set(Snapshot.take().shared.values())
+
+
+@contextlib.contextmanager
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever connects meanwhile waits for a server that is gone for hardly longer than the request itself may wait."""
+    with monkeypatch.context() as patch:
+        patch.setitem(Peer.__init__.__kwdefaults__, "grace_s", 0.3)
+        yield

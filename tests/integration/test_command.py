@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -109,3 +110,17 @@ def test_help_shows_examples() -> None:
     assert process.returncode == 0, errors
     for command in ("serve", "status", "audit", "explain", "examples:", "transfer_queue.init("):
         assert command in output
+
+
+@pytest.mark.parametrize("metered", [True, False])
+def test_serve_says_where_metrics_are(metered: bool, tmp_path: Path) -> None:
+    """On a line of its own, as the address to scrape; without metrics there is no such line."""
+    (tmp_path / "conf.yaml").write_text(f"metrics: {{enabled: {str(metered).lower()}}}")
+    options = ["serve", "--config", str(tmp_path / "conf.yaml"), "--capacity", "16MiB"]
+    with program("", *options, module="transfer_queue.cli") as server:
+        assert line_of(server).startswith("serving")
+        if metered:
+            assert b"tq_partitions_total" in urlopen(line_of(server).removeprefix("metrics at "), timeout=30).read()
+        server.send_signal(signal.SIGTERM)
+        assert line_of(server) == "stopping"
+        assert server.wait(TIMEOUT_S) == 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import transfer_queue as tq
-from tests.integration.starting import TIMEOUT_S, folders, line_of, program
+from tests.integration.starting import TIMEOUT_S, folders, impatient, line_of, program
 from transfer_queue.client.client import TransferQueueClient
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded, NotAuthorized, TransferQueueError
 from transfer_queue.ledger import Ledger
@@ -80,7 +80,7 @@ def _fail(*arguments: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("runtime", "stage"), [("embedded", "unit"), ("embedded", "client"), ("processes", "endpoint")]
 )
-def test_a_starter_killed_halfway_is_in_nobodys_way(runtime: str, stage: str, tmp_path: Path) -> None:
+def test_a_starter_killed_halfway_is_in_nobodys_way(runtime: str, stage: str, tmp_path: Path, forked: Any) -> None:
     """SIGKILL at each stage of a start: the next start succeeds by its deadline, and nothing is left after it."""
     code = """
         import os, sys
@@ -95,8 +95,8 @@ def test_a_starter_killed_halfway_is_in_nobodys_way(runtime: str, stage: str, tm
         """
     before = folders()
     address = tmp_path / "queue.json"
-    with program(code, runtime, stage, str(address)) as process:
-        assert process.wait(TIMEOUT_S) == -9, process.stderr and process.stderr.read()
+    with forked(code, runtime, stage, str(address)) as process:
+        assert process.wait(TIMEOUT_S) == -9, process.stderr.read()
     conf = {"runtime": runtime, "attach_timeout_s": 20, **SMALL}
     if runtime == "processes":
         conf["address"] = str(address)
@@ -113,7 +113,7 @@ def _gone_soon(before: set[str]) -> bool:
     return folders() <= before
 
 
-def test_the_death_of_the_process_ends_its_embedded_session() -> None:
+def test_the_death_of_the_process_ends_its_embedded_session(forked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL of the owner: attached clients with waiting draws get `ConnectionLost` by their deadlines; the next
     start removes what was left."""
     code = """
@@ -125,10 +125,11 @@ def test_the_death_of_the_process_ends_its_embedded_session() -> None:
         sys.stdin.read()
         """
     ended: list[str] = []
-    with program(code) as process:
+    with forked(code) as process:
         address = line_of(process)
         info = EndpointFile(address).read()
-        clients = [TransferQueueClient("c", info, transport=transport) for transport in ("auto", "tcp")]
+        with impatient(monkeypatch):
+            clients = [TransferQueueClient("c", info, transport=transport) for transport in ("auto", "tcp")]
         view = clients[0].get_data(clients[0].get_meta(["x"], 4, "p", task_name="t"), copy=False)["x"]
 
         def draw(client: TransferQueueClient) -> None:
@@ -153,7 +154,9 @@ def test_the_death_of_the_process_ends_its_embedded_session() -> None:
     assert not Path(info.folder).exists()
 
 
-def test_attaching_to_what_does_not_answer_ends_by_its_deadline(tmp_path: Path) -> None:
+def test_attaching_to_what_does_not_answer_ends_by_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error says what was looked for, what was found, and how long it was waited for."""
     session = tq.init({"runtime": "embedded", **SMALL})
     record = session.controller.zmq_info.to_record()
@@ -161,7 +164,8 @@ def test_attaching_to_what_does_not_answer_ends_by_its_deadline(tmp_path: Path) 
     file = EndpointFile(tmp_path / "queue.json")
     file.write(type(session.controller.zmq_info).from_record(record))
     began = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"attach: found the session of .* and waited 0.2 s for it to answer"):
+    waited = pytest.raises(DeadlineExceeded, match=r"attach: found the session of .* and waited 0.2 s for it to answer")
+    with impatient(monkeypatch), waited:
         tq.init({"address": str(file.path), "attach_timeout_s": 0.2})
     assert time.monotonic() - began < 10
 

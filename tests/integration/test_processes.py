@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +14,10 @@ import pytest
 import torch
 
 import transfer_queue as tq
+from tests.integration.starting import TIMEOUT_S, line_of, program
 from transfer_queue.errors import ConnectionLost, NotAuthorized, NotInitialized, UnknownName
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime.servers import UnitServer
-
-TIMEOUT_S = 50
 
 
 @pytest.fixture
@@ -32,21 +27,9 @@ def queue() -> Iterator[Any]:
     tq.close()
 
 
-def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *args],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-
-
 def test_importing_loads_nothing_heavy_and_starts_nothing() -> None:
     """`import transfer_queue` loads neither ray nor torch nor zmq, and servers work without torch."""
-    done = run_python(
-        """
+    code = """
         import sys, threading
         import transfer_queue
         assert not {"ray", "torch", "tensordict", "zmq"} & set(sys.modules), sys.modules.keys()
@@ -54,14 +37,14 @@ def test_importing_loads_nothing_heavy_and_starts_nothing() -> None:
         assert not {"ray", "torch", "tensordict"} & set(sys.modules)
         assert threading.active_count() == 1
         """
-    )
-    assert done.returncode == 0, done.stderr
+    with program(code) as process:
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, errors
 
 
-def test_attach_by_address(queue: Any) -> None:
+def test_attach_by_address(queue: Any, forked: Any) -> None:
     """Another process attaches by the endpoint file, puts and draws; its close leaves the session alone."""
-    done = run_python(
-        """
+    code = """
         import sys, torch
         import transfer_queue as tq
         tq.init({"address": sys.argv[1]})
@@ -70,10 +53,10 @@ def test_attach_by_address(queue: Any) -> None:
         meta = client.get_meta(["x"], 2, "p", task_name="t")
         print(client.get_data(meta)["x"].tolist())
         tq.close()
-        """,
-        queue.address,
-    )
-    assert done.stdout.strip() == "[0, 1]", done.stderr
+        """
+    with forked(code, queue.address) as process:
+        output, errors = process.communicate()
+    assert output.strip() == "[0, 1]", errors
     client = tq.get_client()
     assert client.get_data(client.get_meta(["x"], 2, "p", task_name="t"))["x"].tolist() == [2, 3]
     assert oct(os.stat(queue.address).st_mode & 0o777) == "0o600"
@@ -145,7 +128,7 @@ def test_forked_children_attach_anew(queue: Any) -> None:
     theirs.close()
 
 
-def test_what_a_killed_process_leaves_goes_at_the_next_start() -> None:
+def test_what_a_killed_process_leaves_goes_at_the_next_start(forked: Any) -> None:
     """SIGKILL leaves folders in shared memory; the user's next session removes them, and spares those of the living."""
     script = """
         import time, torch
@@ -155,34 +138,30 @@ def test_what_a_killed_process_leaves_goes_at_the_next_start() -> None:
         print(conf.address, flush=True)
         time.sleep(60)
         """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    folder = Path(process.stdout.readline().strip()).parent
-    assert folder.is_dir()
-    living = tq.init({"runtime": "embedded"}).address
-    assert folder.is_dir(), "a living session's folder was removed"
-    tq.close()
-    process.send_signal(signal.SIGKILL)
-    process.wait(TIMEOUT_S)
-    process.stdout.close()
+    with forked(script) as process:
+        folder = Path(line_of(process)).parent
+        assert folder.is_dir()
+        living = tq.init({"runtime": "embedded"}).address
+        assert folder.is_dir(), "a living session's folder was removed"
+        tq.close()
     assert folder.is_dir()
     tq.init({"runtime": "embedded"})
     tq.close()
     assert not folder.exists() and not Path(living).exists()
 
 
-def test_exit_without_close() -> None:
+def test_exit_without_close(forked: Any) -> None:
     """A process that ends without `close` ends cleanly and leaves nothing."""
-    done = run_python(
-        """
+    code = """
         import torch
         import transfer_queue as tq
         print(tq.init({"runtime": "embedded"}).address)
         tq.get_client().put({"x": torch.zeros(4)}, partition_id="p")
         """
-    )
-    assert done.returncode == 0, done.stderr
-    assert not Path(done.stdout.strip()).parent.exists()
+    with forked(code) as process:
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert not Path(output.strip()).parent.exists()
 
 
 def test_many_threads_and_loops(queue: Any) -> None:

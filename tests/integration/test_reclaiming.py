@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import transfer_queue as tq
-from tests.integration.starting import TIMEOUT_S, line_of, program, wait_until
+from tests.integration.starting import TIMEOUT_S, line_of, wait_until
 from transfer_queue.client import storing
 from transfer_queue.messages import GetUnitStats, ListUnits
 from transfer_queue.runtime.endpoint import EndpointFile
@@ -117,7 +117,7 @@ def test_a_forked_child_ends_nothing_of_its_parent(queue: Watched) -> None:
         client.close()
 
 
-def test_the_span_of_a_killed_producer_on_another_host_comes_free(queue: Watched) -> None:
+def test_the_span_of_a_killed_producer_on_another_host_comes_free(queue: Watched, forked: Any) -> None:
     """It speaks TCP only, so that nobody can look at its process: the server finds that its connection is gone."""
     code = """
         import signal, sys, torch
@@ -134,7 +134,7 @@ def test_the_span_of_a_killed_producer_on_another_host_comes_free(queue: Watched
             client.put({"x": torch.zeros(1 << 20)}, partition_id="p")
         """
     before = queue.figures()
-    with program(code, queue.address) as producer:
+    with forked(code, queue.address) as producer:
         assert line_of(producer) == "holding"
         assert queue.figures()[0] == before[0] + 1 and queue.figures()[2] >= 4 * MIB
         producer.kill()

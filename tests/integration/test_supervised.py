@@ -205,7 +205,7 @@ def test_children_end_with_their_supervisor() -> None:
     assert not session.exists()
 
 
-def test_exit_without_close_ends_the_children() -> None:
+def test_exit_without_close_ends_the_children(forked: Any) -> None:
     """A program that ends by itself leaves no process and no file."""
     code = """
         import json, torch
@@ -216,7 +216,7 @@ def test_exit_without_close_ends_the_children() -> None:
         print(json.dumps([address, [server["pid"] for server in EndpointFile(address).status().values()]]))
         """
     before = folders()
-    with program(code) as process:
+    with forked(code) as process:
         output, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, errors
     address, pids = json.loads(output)
@@ -224,7 +224,7 @@ def test_exit_without_close_ends_the_children() -> None:
     assert [identify(pid) for pid in pids] == [None, None]
 
 
-def test_of_several_that_start_one_starts_and_the_others_attach(tmp_path: Path) -> None:
+def test_of_several_that_start_one_starts_and_the_others_attach(tmp_path: Path, forked: Any) -> None:
     """Two processes with one address file, at once, then a third: one session, and its end is not theirs to decide."""
     code = """
         import sys
@@ -238,7 +238,7 @@ def test_of_several_that_start_one_starts_and_the_others_attach(tmp_path: Path) 
         tq.close()
         """
     address = tmp_path / "queue.json"
-    with program(code, str(address)) as a, program(code, str(address)) as b:
+    with forked(code, str(address)) as a, forked(code, str(address)) as b:
         for racer in (a, b):
             _send(racer)
         answers = {racer: line_of(racer).split() for racer in (a, b)}
@@ -321,7 +321,7 @@ def test_rows_outlive_the_process_of_their_unit(queue: Any, number: signal.Signa
     assert torch.equal(view, values)
 
 
-def test_a_forked_child_neither_ends_nor_keeps_the_servers() -> None:
+def test_a_forked_child_neither_ends_nor_keeps_the_servers(forked: Any) -> None:
     """A child that `close`s ends nothing of its parent's; one that outlives it does not hold the servers back."""
     code = """
         import os, signal, sys
@@ -338,7 +338,7 @@ def test_a_forked_child_neither_ends_nor_keeps_the_servers() -> None:
         print(address, child, flush=True)
         sys.stdin.read()
         """
-    with program(code) as process:
+    with forked(code) as process:
         address, child = line_of(process).split()
         pids = [server["pid"] for server in status(address).values()]
         process.kill()

@@ -104,22 +104,21 @@ def test_45_actors_made_by_hand(cluster: Any) -> None:
     cluster.util.remove_placement_group(group)
 
 
-@pytest.mark.parametrize("name", ["TransferQueueController", "SimpleStorageUnit"])
-def test_46_patched_options_are_used_at_the_start(cluster: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_46_patched_options_are_used_at_the_start(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transfer_queue.storage.simple_storage import SimpleStorageUnit
 
     from transfer_queue.controller import TransferQueueController
 
-    actor = {"TransferQueueController": TransferQueueController, "SimpleStorageUnit": SimpleStorageUnit}[name]
-    original, seen = actor.options, []
+    seen = []
+    for actor in (TransferQueueController, SimpleStorageUnit):
 
-    def patched(*args: Any, **options: Any) -> Any:
-        seen.append(options)
-        return original(*args, **options)
+        def patched(*args: Any, actor: Any = actor, original: Any = actor.options, **options: Any) -> Any:
+            seen.append(actor)
+            return original(*args, **options)
 
-    monkeypatch.setattr(actor, "options", patched)
+        monkeypatch.setattr(actor, "options", patched)
     tq.init({"runtime": "ray"})
-    assert len(seen) == 1
+    assert seen == [TransferQueueController, SimpleStorageUnit]
 
 
 def test_47_what_the_controller_actor_answers(cluster: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,25 +19,32 @@ from transfer_queue import (
     TransferQueueController,
 )
 from transfer_queue.errors import GetMetaTimeout, SamplerError
+from transfer_queue.runtime.servers import UnitServer
 from transfer_queue.samplers import BaseSampler
 
 
 @pytest.fixture
 def connect(ray_session: Any) -> Iterator[Callable[..., TransferQueueClient]]:
-    """Gives a controller made by hand a storage unit, and connects a client to it."""
-    actors: list[Any] = []
-    clients: list[TransferQueueClient] = []
+    """Gives a controller made by hand a storage unit, and connects a client to it.
 
-    def make(controller: Any, client_id: str = "my_client") -> TransferQueueClient:
+    The unit is in this process, which takes a tenth of the time; an actor where the test says so.
+    """
+    ending = contextlib.ExitStack()
+
+    def make(controller: Any, client_id: str = "my_client", *, unit_actor: bool = False) -> TransferQueueClient:
         controller_info = ray_session.get(controller.get_zmq_server_info.remote())
-        actors.extend([SimpleStorageUnit.remote(controller_info=controller_info, capacity_bytes=64 << 20), controller])
-        clients.append(TransferQueueClient(client_id=client_id, controller_info=controller_info))
-        return clients[-1]
+        ending.callback(lambda: ray_session.get(controller.shutdown.remote()))
+        if unit_actor:
+            unit = SimpleStorageUnit.remote(controller_info=controller_info, capacity_bytes=64 << 20)
+            ending.callback(lambda: ray_session.get(unit.shutdown.remote()))
+        else:
+            server = UnitServer(controller_info, unit_id="unit", host="127.0.0.1", capacity_bytes=64 << 20)
+            ending.callback(server.close)
+        client = TransferQueueClient(client_id=client_id, controller_info=controller_info)
+        return ending.enter_context(client)
 
-    yield make
-    for client in clients:
-        client.close()
-    ray_session.get([actor.shutdown.remote() for actor in actors])
+    with ending:
+        yield make
 
 
 def prompts_and_responses(count: int) -> dict[str, torch.Tensor]:
@@ -66,7 +74,7 @@ def test_grpo_sampler_and_client_usage(connect: Any, ray_session: Any) -> None:
         num_n_samples=num_n_samples,
         sampler=GRPOSampler(num_n_samples=num_n_samples),
     )
-    client = connect(controller)
+    client = connect(controller, unit_actor=True)
     meta = client.put({"prompts": torch.arange(32)}, global_step=0)
     client.put({"responses": torch.zeros(27)}, metadata=meta.select_samples([0, *range(2, 28)]))
     batch_meta = client.get_meta(

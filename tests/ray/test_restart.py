@@ -1,4 +1,4 @@
-"""Actors that are killed come back where they were; starts that race, or end halfway."""
+"""Actors that are killed come back where they were; starts that end halfway."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import transfer_queue as tq
-from tests.integration.starting import wait_until
+from tests.integration.starting import impatient, wait_until
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded
 from transfer_queue.messages import ProcessId
 from transfer_queue.runtime.ray import running
@@ -58,9 +58,10 @@ def test_closing_while_an_actor_is_started_again_leaves_nothing(session: Any) ->
     assert not Path(info.folder).exists()
 
 
-def test_a_controller_without_journal_stays_dead(session: Any) -> None:
+def test_a_controller_without_journal_stays_dead(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never into an empty ledger: calls end by their deadlines, and the next `init` starts afresh."""
-    info = tq.init({"runtime": "ray", "journal": {"enabled": False}}).controller.zmq_info
+    with impatient(monkeypatch):
+        info = tq.init({"runtime": "ray", "journal": {"enabled": False}}).controller.zmq_info
     os.kill(owner_of(info), signal.SIGKILL)
     with pytest.raises(ConnectionLost, match="is the server alive"):
         tq.get_client().get_meta(["x"], 1, "p", task_name="t", timeout=0.1)
@@ -96,42 +97,13 @@ def _answers(session: Any, actor: Any) -> bool:
 
 
 class Starter:
-    """A process that starts or attaches when told to."""
-
-    def init(self, **conf: Any) -> tuple[str, bool]:
-        """Return the session's id, and whether this process started it."""
-        from transfer_queue import session
-
-        found = tq.init({"runtime": "ray", **conf})
-        tq.get_client().get_partition_list()
-        started = session._session
-        assert started is not None
-        return found.controller.zmq_info.session_id, started.owned is not None
+    """A process that starts when told to."""
 
     def die_halfway(self, **conf: Any) -> None:
         from transfer_queue.runtime.ray import RayRuntime
 
         setattr(RayRuntime, "_start_units", lambda runtime: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
         tq.init({"runtime": "ray", **conf})
-
-    def close(self) -> None:
-        tq.close()
-
-
-def test_of_several_that_start_one_starts_and_the_others_attach(session: Any) -> None:
-    """Three processes call `init` at once: one session, started by one of them; the others only leave it."""
-    remote = session.remote(num_cpus=0)(Starter)
-    racers = [remote.remote() for _ in range(3)]
-    outcomes = session.get([racer.init.remote(namespace="race") for racer in racers], timeout=50)
-    assert len({session_id for session_id, _ in outcomes}) == 1
-    assert sorted(owns for _, owns in outcomes) == [False, False, True]
-    for racer, (_, owns) in sorted(zip(racers, outcomes, strict=True), key=lambda pair: pair[1][1]):
-        assert owns or session.get_actor("TransferQueueController", namespace="race")
-        session.get(racer.close.remote())
-    with pytest.raises(ValueError, match="TransferQueueController"):
-        session.get_actor("TransferQueueController", namespace="race")
-    for racer in racers:
-        session.kill(racer)
 
 
 def test_a_starter_killed_halfway_is_in_nobodys_way(session: Any) -> None:

@@ -37,14 +37,17 @@ def test_other_processes_attach(session: Any) -> None:
 
 
 def test_close_ends_the_actors(session: Any) -> None:
-    """After the owner's `close` the name is free, and the next `init` starts empty."""
+    """After the owner's `close` the name is free; the next `init` starts empty, and in Ray because Ray runs."""
     first = tq.init({"runtime": "ray"}).controller.zmq_info.session_id
     tq.get_client().put({"x": torch.arange(4)}, partition_id="p")
     tq.close()
     tq.close()
     with pytest.raises(ValueError, match="TransferQueueController"):
         session.get_actor("TransferQueueController", namespace="transfer_queue")
-    assert tq.init({"runtime": "ray"}).controller.zmq_info.session_id != first
+    conf = tq.init()
+    assert conf.address is None
+    assert session.get_actor("TransferQueueController", namespace=conf.namespace)
+    assert conf.controller.zmq_info.session_id != first
     assert tq.get_client().get_partition_list() == []
 
 
@@ -56,10 +59,3 @@ def test_storage_for_a_controller_made_by_hand(session: Any) -> None:
     tq.close()
     assert session.get(controller.list_partitions.remote()) == ["step_0"]
     session.get(controller.shutdown.remote())
-
-
-def test_auto_is_ray_where_ray_runs(session: Any) -> None:
-    """Without a runtime in the configuration, an initialized Ray is used."""
-    conf = tq.init()
-    assert conf.address is None
-    assert session.get_actor("TransferQueueController", namespace=conf.namespace)

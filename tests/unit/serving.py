@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -31,11 +32,14 @@ from transfer_queue.messages import (
 from transfer_queue.wire.bell import Bell
 from transfer_queue.wire.codec import decode, encode_message
 from transfer_queue.wire.line import open_line
+from transfer_queue.wire.peer import AnyPeer
 from transfer_queue.wire.security import Introduction, Kind
 from transfer_queue.wire.ticket import Ticket
 
 TOKEN = b"t" * 32
 WAIT_S = 20.0
+
+MakePeer: TypeAlias = Callable[..., AnyPeer]
 
 
 class Recorder:
@@ -219,3 +223,24 @@ def announce() -> Announce:
 
 def frees_done(sequence: int) -> FreesDone:
     return FreesDone(unit_id="u", sequence=sequence)
+
+
+def ask(peer: AnyPeer, what: str) -> Any:
+    """Return what the server says that it was asked for."""
+    reply = peer.begin(GetAudit(partition_id=what)).result(WAIT_S)
+    assert isinstance(reply, Report)
+    return reply.entries["asked"]
+
+
+async def aask(peer: AnyPeer, what: str) -> Any:
+    reply = await peer.acall(GetAudit(partition_id=what), WAIT_S)
+    assert isinstance(reply, Report)
+    return reply.entries["asked"]
+
+
+def eventually(predicate: Callable[[], bool]) -> None:
+    """Wait for what ZeroMQ does in threads of its own."""
+    deadline = time.monotonic() + WAIT_S
+    while not predicate():
+        assert time.monotonic() < deadline, "it did not happen"
+        os.sched_yield()

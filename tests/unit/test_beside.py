@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,10 @@ import pytest
 
 from tests.unit.asking_unit import MIB, rows
 from tests.unit.returning_unit import Controller, ReturningUnit
-from tests.unit.test_reaping import Client, figures, put_elsewhere, settled
+from tests.unit.unit_client import Client, figures, put_elsewhere, settled
 from transfer_queue.messages import Int64s, ReadBlock
 from transfer_queue.storage.log import FactLog
-from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.holders import ELSEWHERE
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with ServerFolder("test") as created:
-        yield created.path
-
-
-@pytest.fixture
-def unit(folder: Path) -> Iterator[ReturningUnit]:
-    with contextlib.closing(ReturningUnit(folder, capacity_bytes=4 * MIB, arena_bytes=MIB)) as made:
-        yield made
 
 
 def test_an_error_that_nobody_expected_is_no_end(

@@ -31,7 +31,6 @@ from transfer_queue.storage.block import (
 )
 from transfer_queue.storage.checksums import Suspect, verify
 from transfer_queue.storage.digests import CHUNK_BYTES
-from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.holders import process_id
 from transfer_queue.wire.local import LocalPeer
 
@@ -272,12 +271,6 @@ def flip_value(unit: ReturningUnit, block: int, at: int) -> None:
     memory = np.memmap(pinned.arenas[0], np.uint8, "r+", int(pinned.offsets[0]), (int(pinned.sizes[0]),))
     memory[Directories().open_block(memory).columns["x"].values_at + at] ^= 1
     unit.tell(Unpin(pin=pinned.pin))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with ServerFolder("test") as created:
-        yield created.path
 
 
 def test_a_unit_that_comes_back_verifies_what_has_checksums(folder: Path) -> None:

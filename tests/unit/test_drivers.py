@@ -30,11 +30,6 @@ from transfer_queue.wire.server import Server
 Drive: TypeAlias = Callable[[Operation[Any]], Any]
 
 
-@pytest.fixture
-def handler() -> Recorder:
-    return Recorder()
-
-
 @pytest.fixture(params=["socket", "local"])
 def peer(handler: Recorder, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[AnyPeer]:
     if request.param == "local":

@@ -7,25 +7,20 @@ from pathlib import Path
 
 import pytest
 
-LEAKS = {
-    "thread": """
-        import threading
-        def test_leaves_a_thread(request):
-            stop = threading.Event()
-            threading.Thread(target=stop.wait, name="tq-forgotten", daemon=True).start()
-            request.config.stop = stop
-        """,
-    "socket": """
-        import socket
-        def test_leaves_a_socket(request):
-            request.config.kept = socket.socket()
-        """,
-    "shared memory": """
-        import os
-        def test_leaves_shared_memory(request):
-            os.mkdir("/dev/shm/" + os.environ["LEAKED_NAME"])
-        """,
-}
+LEAKS = """
+    import os, socket, threading
+
+    def test_leaves_a_thread(request):
+        stop = threading.Event()
+        threading.Thread(target=stop.wait, name="tq-forgotten", daemon=True).start()
+        request.config.stop = stop
+
+    def test_leaves_a_socket(request):
+        request.config.kept = socket.socket()
+
+    def test_leaves_shared_memory(request):
+        os.mkdir("/dev/shm/" + os.environ["LEAKED_NAME"])
+    """
 NO_LEAKS = """
     import asyncio, socket, threading
     from concurrent.futures import ThreadPoolExecutor
@@ -67,18 +62,20 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
     return pytester
 
 
-@pytest.mark.parametrize("kind", sorted(LEAKS))
-def test_a_leak_fails_the_test(run: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """A thread, a socket or shared memory that outlives its test is an error that names it."""
+def test_a_leak_fails_the_test(run: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread, a socket or shared memory that outlives its test is an error of that test, which names it alone."""
     leaked = Path("/dev/shm") / f"tq-leaktest-{os.getpid()}"
     monkeypatch.setenv("LEAKED_NAME", leaked.name)
-    run.makepyfile(LEAKS[kind])
+    run.makepyfile(LEAKS)
     result = run.runpytest_subprocess("-p", "no:randomly")
-    if kind == "shared memory":
-        leaked.rmdir()
-    named = {"thread": "*tq-forgotten*", "socket": "*socket:*", "shared memory": "*/dev/shm/tq-leaktest-*"}[kind]
-    result.stdout.fnmatch_lines(["*the test left behind:*", named])
-    result.assert_outcomes(passed=1, errors=1)
+    leaked.rmdir()
+    for test, named in (
+        ("test_leaves_a_thread", "*tq-forgotten*"),
+        ("test_leaves_a_socket", "*socket:*"),
+        ("test_leaves_shared_memory", f"*{leaked}*"),
+    ):
+        result.stdout.fnmatch_lines([f"*at teardown of {test} *", "the test left behind:", named], consecutive=True)
+    result.assert_outcomes(passed=3, errors=3)
 
 
 def test_what_is_closed_is_no_leak(run: pytest.Pytester) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import numbers
+from benchmarks import loader, numbers
 from benchmarks.figures import Report
 
 
@@ -49,6 +49,21 @@ def test_other_values_have_the_same_form(tmp_path: Path, capsys: pytest.CaptureF
     assert text.startswith("# Before\n")
     assert text.endswith("\n# After\n")
     assert "| one step of rollout, reward, reference, 4 trainers | 2.00 ms | 2.00 ms |" in text
+
+
+def test_the_loader_has_a_table(tmp_path: Path) -> None:
+    """With the wait for a micro-batch, and the count of a stream whose rank was restarted."""
+    report = Report("loader", {"runtime": "processes", "scale": "tiny"})
+    for workers, step_s in ((0, 0.0), (2, 0.01)):
+        report.series(loader.case_of(workers, step_s), loader.NEXT).add(0.001 * (workers + 1))
+    case = "loader, 4 ranks × 2 workers, one restarted"
+    report.quantity(case, "samples that came exactly once", 100_000, "samples")
+    report.quantity(case, "samples drawn, read and handed out", 5_000.0, "1/s")
+    (tmp_path / "loader.json").write_text(json.dumps(report.record()))
+    text = numbers.section(numbers.load(tmp_path), str)
+    assert "| 0 workers, a loop that asks at once | 1.00 ms | 1.00 ms | ≤ 2 ms |" in text
+    assert "| … that computes for 10 ms | 3.00 ms | 3.00 ms | ≤ 2 ms |" in text
+    assert "100,000 samples put,\neach handed out exactly once; 5,000 per second" in text
 
 
 def test_marks_are_needed(tmp_path: Path) -> None:

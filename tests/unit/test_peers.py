@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import floors
 from benchmarks.__main__ import INTERRUPTED, main
 from benchmarks.figures import Report
 from benchmarks.peers import child, environments, table
@@ -25,8 +26,8 @@ import os, sys, time
 from benchmarks.peers.peer import Peer
 
 class Words(Peer):
-    def __init__(self, starts=True, clears=True):
-        self.starts, self.clears = starts, clears
+    def __init__(self, starts=True, clears=True, batch=False):
+        self.starts, self.clears, self.batch = starts, clears, batch
 
     def open(self):
         print("libraries may print")
@@ -35,8 +36,11 @@ class Words(Peer):
         return {"words": "1.0"}
 
     def prepare(self, workload, scale):
-        from benchmarks import batches, scale as scales
-        self.rows = batches.BATCHES[workload](scales.Scale(**scale)).batch_size[0]
+        from benchmarks import scale as scales
+        scale = scales.Scale(**scale)
+        if self.batch:  # needs torch
+            from benchmarks import batches
+            self.rows = batches.BATCHES[workload](scale).batch_size[0]
 
     def clear(self):
         if not self.clears:
@@ -50,6 +54,12 @@ class Words(Peer):
 """
 
 Start = Callable[..., Child]
+
+
+@pytest.fixture(autouse=True)
+def _no_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No series of a peer is compared with a floor; that floors are measured is shown by `test_benchmarks`."""
+    monkeypatch.setattr(floors, "measure", lambda report, scale: None)
 
 
 @pytest.fixture
@@ -160,7 +170,7 @@ def run(tmp_path: Path, peers: str, status: int = 0) -> dict[str, Any]:
 
 def test_ours_and_a_peer_in_turn(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both sides have series of the same rounds, and their ratios are compared round by round."""
-    kind = StandingIn("words", (Variant("words", "words", "Words", ("small",)),))
+    kind = StandingIn("words", (Variant("words", "words", "Words", ("small",), (("batch", True),)),))
     monkeypatch.setattr(StandingIn, "start", staticmethod(start), raising=False)
     monkeypatch.setitem(table.PEERS, "words", kind)
     record = run(tmp_path, "words")

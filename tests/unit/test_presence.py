@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -114,22 +112,6 @@ def test_an_identity_that_made_room_is_not_watched() -> None:
 
 
 # ---------------------------------------------------------------- in a server
-
-
-@pytest.fixture
-def handler() -> Recorder:
-    return Recorder()
-
-
-@pytest.fixture
-def server(handler: Recorder, tmp_path: Path) -> Iterator[Server]:
-    with Server(handler, TOKEN, local_path=str(tmp_path / "socket")) as running:
-        yield running
-
-
-@pytest.fixture(params=["unix", "tcp"])
-def address(server: Server, request: pytest.FixtureRequest) -> str:
-    return server.local_address if request.param == "unix" else server.address
 
 
 def in_child(address: str) -> tuple[int, int]:

@@ -31,12 +31,6 @@ from transfer_queue.wire.holders import process_id
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with ServerFolder("test") as created:
-        yield created.path
-
-
-@pytest.fixture
 def unit(folder: Path) -> Iterator[Unit]:
     made = Unit(folder, capacity_bytes=4 * MIB, arena_bytes=MIB)
     with made.service:

@@ -33,14 +33,7 @@ from transfer_queue.messages import (
     Write,
 )
 from transfer_queue.storage.arena import Arena, Arenas
-from transfer_queue.wire.folder import ServerFolder
 from transfer_queue.wire.holders import process_id
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with ServerFolder("test") as created:
-        yield created.path
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 from transfer_queue.messages import ColumnSpec, Drawn, Keys, Location
 from transfer_queue.metadata import BatchMeta, FieldLocation, FieldSchema, KVDelta
-from transfer_queue.metadata.values import copy_tag
+from transfer_queue.metadata.values import copy_tags
 
 _NESTED = ("ragged", "shaped")
 _DENSE = "dense"
@@ -57,8 +57,6 @@ def delta_of(reply: Keys) -> KVDelta:
 
 
 def listing_of(reply: Keys) -> dict[str, dict[str, dict[str, Any]]]:
-    entries = zip(reply.keys, reply.tags, strict=True)
+    entries = zip(reply.keys, copy_tags("tag", reply.tags), strict=True)
     counts = zip(reply.partitions, reply.counts.tolist(), strict=True)
-    return {
-        name: {key: copy_tag("tag", tag) for key, tag in itertools.islice(entries, count)} for name, count in counts
-    }
+    return {name: dict(itertools.islice(entries, count)) for name, count in counts}

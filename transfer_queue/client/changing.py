@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from transfer_queue.client.arguments import address, partition_name, tags_of, whole_number
 from transfer_queue.client.core import ClientCore, changed
 from transfer_queue.client.steps import Operation
 from transfer_queue.messages import AbortGroup, Clear, ResetConsumption, SealGroup, SetTags, SetVersion
 from transfer_queue.metadata import BatchMeta
+
+log = logging.getLogger("transfer_queue")
 
 
 def set_custom_meta(core: ClientCore, metadata: BatchMeta) -> Operation[None]:
@@ -56,11 +60,14 @@ def clear_partition(core: ClientCore, partition_id: str) -> Operation[int]:
 
 
 def clear_samples(core: ClientCore, metadata: BatchMeta) -> Operation[int]:
-    """Remove the rows of the meta. Raises `StaleSampleError`, removing nothing, if any of them is gone already."""
+    """Remove the rows of the meta; those that are gone already are left out. Returns the number of those removed."""
     if len(metadata) == 0:
         return 0
     request = Clear(partition_id=None, global_step=None, indexes=metadata.indexes, generations=metadata.generations)
-    return (yield from changed(core, request))
+    count = yield from changed(core, request)
+    if count < len(metadata):
+        log.debug("%d of %d samples to clear were gone already", len(metadata) - count, len(metadata))
+    return count
 
 
 def reset_consumption(core: ClientCore, partition_id: str | int, task_name: str | None = None) -> Operation[bool]:

@@ -18,8 +18,9 @@ from transfer_queue.client import (
     status,
     writing,
 )
+from transfer_queue.client.acking import Acknowledger, Behind
 from transfer_queue.client.core import ClientCore, Defaults
-from transfer_queue.client.drivers import awaitable, blocking, run
+from transfer_queue.client.drivers import arun, awaitable, blocking, run
 from transfer_queue.client.transfer import Transfer
 from transfer_queue.errors import InvalidArgument, WrongType
 from transfer_queue.messages import UnitInfo
@@ -111,10 +112,13 @@ class TransferQueueClient:
             get_meta_timeout_s=get_meta_timeout_s,
             checksums=checksums,
         )
-        controller = connector.controller(client_id)
+        peer = connector.controller(client_id)
+        acks = Acknowledger(peer)
+        controller = Behind(peer, acks)
         self._core = ClientCore(
             client_id=client_id,
             controller=controller,
+            acks=acks,
             transfer=Transfer(
                 controller,
                 lambda info, local: connector.unit(client_id, info),
@@ -133,10 +137,28 @@ class TransferQueueClient:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """End all connections; calls under way end with `ConnectionLost`. May be called twice."""
+    def close(self, timeout: float = 5.0) -> None:
+        """End all connections; calls under way end with `ConnectionLost`. May be called twice.
+
+        Acknowledgements that nobody waits for are waited for here, at most `timeout` seconds.
+        """
+        run(leasing.settled(self._core, timeout))
+        self._close()
+
+    async def async_close(self, timeout: float = 5.0) -> None:
+        """As `close`, letting the event loop run while acknowledgements are waited for."""
+        await arun(leasing.settled(self._core, timeout))
+        self._close()
+
+    def _close(self) -> None:
         self._core.transfer.close()
         self._core.controller.close()
+        self._core.acks.close()
+
+    @property
+    def late_acks(self) -> int:
+        """Samples whose acknowledgement nobody waited for, and which failed: each may be handed out again."""
+        return self._core.acks.late
 
     def initialize_storage_manager(self, manager_type: str, config: Mapping[str, Any]) -> None:
         """Make storage units that were started by hand known to the controller; sets `storage_manager`.
@@ -162,6 +184,7 @@ class TransferQueueClient:
         lease: float = 60.0,
         fields: Sequence[str] | None = None,
         renew: bool = False,
+        wait: bool = True,
         **draw: Any,
     ) -> leasing.LeasedBatch:
         """Draw under a lease and read the data; what comes of the samples is decided by how the block ends.
@@ -174,12 +197,13 @@ class TransferQueueClient:
         `get_meta`. With `renew` a thread keeps the lease while the block runs, however long.
 
         Raises `LeaseExpired` at the end of the block if the lease ran out in it: the samples may have been handed out
-        again, and the work of the block may be done twice.
+        again, and the work of the block may be done twice. With `wait=False` the block does not wait for the answer to
+        its acknowledgement, and that is logged and counted instead, as by `ack`.
         """
         operation = functools.partial(
             reading.get_meta, self._core, data_fields, batch_size, partition_id, lease=lease, **draw
         )
-        return leasing.LeasedBatch(self._core, operation, lease, fields, renew)
+        return leasing.LeasedBatch(self._core, operation, lease, fields, renew, wait)
 
     async_leased = leased  # what it returns is for `with` and for `async with`
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from transfer_queue.client.acking import Acknowledger, Behind
 from transfer_queue.client.arguments import DEFAULT_TIMEOUT_S
 from transfer_queue.client.outcomes import OpenOutcomes, concluded
 from transfer_queue.client.steps import Call, Operation
 from transfer_queue.client.transfer import Transfer
 from transfer_queue.errors import ConnectionLost, InvalidArgument, WrongType
 from transfer_queue.messages import Done, Request
-from transfer_queue.wire.peer import AnyPeer
 
 T = TypeVar("T")
 
@@ -37,10 +37,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ClientCore:
-    """The connections and settings of one client."""
+    """The connections and settings of one client. `acks` are those that nobody waits for."""
 
     client_id: str
-    controller: AnyPeer
+    controller: Behind
+    acks: Acknowledger
     transfer: Transfer
     defaults: Defaults
     outcomes: OpenOutcomes = field(default_factory=OpenOutcomes)

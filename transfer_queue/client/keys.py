@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
 
@@ -23,6 +24,7 @@ from transfer_queue.client.arguments import (
     partition_str,
     sendable,
     timeout_seconds,
+    versions_of,
 )
 from transfer_queue.client.core import ClientCore, changed
 from transfer_queue.client.parsing import DataParser, parsed
@@ -30,7 +32,7 @@ from transfer_queue.client.steps import Call, Operation
 from transfer_queue.client.writing import new_rows, put_rows
 from transfer_queue.config import layout_in_force
 from transfer_queue.errors import InvalidArgument, KeyNotFound, StaleSampleError, UnknownName, WrongType
-from transfer_queue.messages import Clear, Drawn, GetKeys, Keys, Locate, Location, Put, PutDone
+from transfer_queue.messages import Clear, Drawn, GetKeys, Int64s, Keys, Locate, Location, Put, PutDone
 from transfer_queue.metadata import KVBatchMeta, KVDelta
 from transfer_queue.metadata.values import copy_tag
 from transfer_queue.storage.block import EncodedColumn
@@ -55,13 +57,15 @@ def kv_put(
     tag: Tag | None = None,
     data_parser: DataParser | None = None,
     *,
+    policy_version: int | None = None,
     timeout: float | None = None,
 ) -> Operation[KVBatchMeta]:
     """Put columns and tag entries of one key, which is made if it is not there; both become visible together.
 
     In a dict, a tensor is the row itself; any other value is one object. The tag merges with the one that is there.
-    `data_parser` changes the columns before they are stored, see `put`. Returns the key with its whole tag and the
-    names of all its columns. What raises leaves nothing behind.
+    `data_parser` changes the columns before they are stored, `policy_version` is that of the policy that generated the
+    row, see `put`. Returns the key with its whole tag and the names of all its columns. What raises leaves nothing
+    behind.
     """
     if not isinstance(key, str):
         raise WrongType(f"key must be a str, not {key!r}")
@@ -69,7 +73,8 @@ def kv_put(
         raise InvalidArgument("nothing to put: give fields, a tag, or both")
     data = None if fields is None else _one_row(fields)
     tags = None if tag is None else [tag]
-    return (yield from _put(core, (key,), partition_str(partition_id), data, tags, data_parser, timeout))
+    versions = versions_of(policy_version)
+    return (yield from _put(core, (key,), partition_str(partition_id), data, tags, data_parser, versions, timeout))
 
 
 def kv_batch_put(
@@ -80,9 +85,13 @@ def kv_batch_put(
     tags: Sequence[Tag] | None = None,
     data_parser: DataParser | None = None,
     *,
+    policy_version: int | Sequence[int] | None = None,
     timeout: float | None = None,
 ) -> Operation[KVBatchMeta]:
-    """The same for n keys: `fields` has batch size [n], `tags` n dicts. Returns all of them, in this order."""
+    """The same for n keys: `fields` has batch size [n], `tags` n dicts, `policy_version` one int or n.
+
+    Returns all of them, in this order.
+    """
     names = key_names(keys, one=False, distinct=True)
     if fields is None and tags is None:
         raise InvalidArgument("nothing to put: give fields, tags, or both")
@@ -90,7 +99,8 @@ def kv_batch_put(
         raise WrongType(f"fields must be a TensorDict, not {type(fields).__name__}")
     if fields is not None and (not fields.batch_size or fields.batch_size[0] != len(names)):
         raise InvalidArgument(f"fields has batch size {list(fields.batch_size)}, there are {len(names)} keys")
-    return (yield from _put(core, names, partition_str(partition_id), fields, tags, data_parser, timeout))
+    versions = versions_of(policy_version)
+    return (yield from _put(core, names, partition_str(partition_id), fields, tags, data_parser, versions, timeout))
 
 
 def _put(
@@ -100,9 +110,12 @@ def _put(
     data: Any,
     tags: Sequence[Tag] | None,
     data_parser: DataParser | None,
+    versions: Int64s | None,
     timeout: float | None,
 ) -> Operation[KVBatchMeta]:
     timeout_s = data_seconds(timeout)
+    if versions is not None and versions.ndim and len(versions) != len(keys):
+        raise InvalidArgument(f"{len(versions)} policy versions for {len(keys)} keys: give one for all, or one per key")
     given = None if tags is None else _tags(tags, len(keys))
     if data is not None and data_parser is not None:
         data = parsed(data, data_parser)
@@ -110,6 +123,7 @@ def _put(
     if data is not None and len(data.keys()):
         _, encoded = columns.encode(data, allow_pickle=core.allow_pickle)
     request = new_rows(partition, None, len(keys)) | {"keys": keys, "tags": given, "tell": True}
+    request["versions"] = None if versions is None else np.broadcast_to(versions, len(keys)).copy()
     return (yield from put_rows(core, request, encoded, timeout_s, _as_put))
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -24,19 +24,37 @@ from transfer_queue.metadata import BatchMeta
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
+K = TypeVar("K", bound=Ack | Release)
 Batch: TypeAlias = "tuple[BatchMeta, TensorDict]"
 
 _STOP_S = 5.0
 
 
-def ack(core: ClientCore, metadata: BatchMeta, *, timeout: float | None = None) -> Operation[int]:
+def ack(core: ClientCore, metadata: BatchMeta, *, wait: bool = True, timeout: float | None = None) -> Operation[int]:
     """The rows are done with: their task consumed them. Returns how many this call consumed.
 
     A part of a draw may be acknowledged, and the rest later; rows of several leases go to each. Acknowledging again
     is no error and consumes nothing. Raises `LeaseExpired`, consuming nothing of that lease, if it ran out: the rows
     may have been handed out again; `InvalidArgument` for rows that are not leased.
+
+    With `wait=False` it returns 0 at once, and the answer comes while this process works on. What this client asks
+    later finds the rows consumed. If they are not, as where waiting would have raised, or where no answer comes within
+    `timeout` seconds, a warning is logged and `late_acks` counts them. At most 32 are under way: the next one waits for
+    those. `close` waits for all.
     """
-    return (yield from _settle(core, metadata, Ack, timeout_seconds(timeout)))
+    timeout_s = timeout_seconds(timeout)
+    if wait:
+        return (yield from _settle(core, metadata, Ack, timeout_s))
+    yield from _leave(core, _requests(metadata, Ack), timeout_s)
+    return 0
+
+
+def settled(core: ClientCore, timeout_s: float) -> Operation[bool]:
+    """Wait for the acknowledgements that nobody waits for; returns whether all are answered."""
+    if not core.acks.outstanding:
+        return True
+    done: bool = yield Wait(core.acks.settled(), timeout_s)
+    return done
 
 
 def release(core: ClientCore, metadata: BatchMeta, *, timeout: float | None = None) -> Operation[int]:
@@ -82,12 +100,14 @@ class LeasedBatch:
         lease_s: float,
         fields: Sequence[str] | None,
         renew: bool,
+        wait: bool,
     ) -> None:
         self._core = core
         self._draw = draw
         self._lease_s = lease_s
         self._fields = fields
         self._renew = renew
+        self._wait = wait
         self._meta: BatchMeta | None = None
         self._renewal: Renewal | None = None
 
@@ -118,7 +138,10 @@ class LeasedBatch:
     def _end(self, error: BaseException | None) -> Operation[None]:
         assert self._meta is not None
         try:
-            yield from (ack if error is None else release)(self._core, self._meta)
+            if error is None:
+                yield from ack(self._core, self._meta, wait=self._wait)
+            else:
+                yield from release(self._core, self._meta)
         except TransferQueueError as failure:
             if error is not None:
                 _note(error, failure)
@@ -174,15 +197,26 @@ class Renewal:
 
 
 def _settle(core: ClientCore, metadata: BatchMeta, kind: type[Ack] | type[Release], timeout_s: float) -> Operation[int]:
-    check_meta(metadata)
-    if len(metadata) == 0:
-        return 0
-    leases = metadata.rows_by_lease()
-    requests = [kind(lease_token=token, **_distinct(metadata, rows)) for token, rows in leases.items()]
+    requests = _requests(metadata, kind)
     if len(requests) == 1:
         return (yield from changed(core, requests[0], timeout_s))
     replies: list[Done] = yield [Call(core.controller, request, timeout_s) for request in requests]
     return sum(reply.count for reply in replies)
+
+
+def _leave(core: ClientCore, requests: Sequence[Ack], timeout_s: float) -> Operation[None]:
+    """Have these sent, as soon as no more than some are under way."""
+    deadline_s = time.monotonic() + timeout_s
+    while not core.acks.give(requests, left_s := max(0.0, deadline_s - time.monotonic())):
+        if not (yield Wait(core.acks.settled(), left_s)):
+            raise ConnectionLost(f"{core.acks.outstanding} acknowledgements got no answer: is the controller alive?")
+
+
+def _requests(metadata: BatchMeta, kind: type[K]) -> list[K]:
+    """One for each lease."""
+    check_meta(metadata)
+    leases = metadata.rows_by_lease() if len(metadata) else {}
+    return [kind(lease_token=token, **_distinct(metadata, rows)) for token, rows in leases.items()]
 
 
 def _renew(core: ClientCore, metadata: BatchMeta, lease_s: float | None, timeout_s: float) -> Operation[None]:

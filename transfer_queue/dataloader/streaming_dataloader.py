@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from transfer_queue.dataloader.batches import StreamedBatch, handed_out
+from transfer_queue.dataloader.handover import Handover
 from transfer_queue.dataloader.streaming_dataset import StreamingDataset
 from transfer_queue.errors import WrongType
 from transfer_queue.metadata import BatchMeta
@@ -66,7 +67,11 @@ class StreamingDataLoader(DataLoader[Any]):
         if self._replay:
             self._replay = False
             yield from list(self._handed_out)
+        if self._iterator is None:  # else workers that persist have theirs
+            self._handover = self.collate_fn = Handover(self.num_workers, self.prefetch_factor or 0)
+        handover = self._handover  # lives as long as this iteration
         every = super().__iter__()
+        handover.close()
         pieces = (piece for piece in every if piece.batch_index >= 0)
         for piece in handed_out(self.dataset.client(), pieces):
             if self.dataset.keep_batches:

@@ -7,6 +7,8 @@ from transfer_queue.ledger.core import Ledger
 from transfer_queue.messages import (
     AbortGroup,
     Ack,
+    Acked,
+    AckMany,
     Clear,
     Done,
     Drop,
@@ -41,6 +43,8 @@ def ask(ledger: Ledger, request: Request, now: float) -> Reply:
             return ledger.locate(request)
         case Ack():
             return Done(count=ledger.ack(request, now))
+        case AckMany():
+            return Acked(refused=ledger.ack_many(request, now))
         case Release():
             return Done(count=ledger.release(request, now))
         case Renew():

@@ -13,12 +13,15 @@ from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.ready import RowsView
 from transfer_queue.ledger.table import RowTable
 from transfer_queue.samplers import BaseSampler
+from transfer_queue.samplers.dialect import returns_pairs
 
 Int64s: TypeAlias = NDArray[np.int64]
 
 
-def pair_of(chosen: Any) -> tuple[Any, Any]:
-    """(handed out, marked consumed): what a sampler returned, or the same rows twice."""
+def pair_of(sampler: BaseSampler, chosen: Any) -> tuple[Any, Any]:
+    """(handed out, marked consumed): what a sampler returned, or the same rows twice. Raises for nothing at all."""
+    if chosen is None:
+        raise _not_indices(sampler, chosen)
     if isinstance(chosen, tuple) and len(chosen) == 2 and not isinstance(chosen[0], int | np.integer):
         return chosen
     return chosen, chosen
@@ -31,8 +34,16 @@ def as_rows(sampler: BaseSampler, chosen: Any) -> Int64s:
         rows = np.empty((0, 0))
     mixed = rows is not chosen and isinstance(chosen, list | tuple) and any(type(each) is bool for each in chosen)
     if rows.ndim != 1 or mixed or (rows.size and rows.dtype.kind not in "iu"):
-        raise SamplerError(f"sampler {sampler!r} returned {chosen!r:.200}, not a flat sequence of indices")
+        raise _not_indices(sampler, chosen)
     return rows.astype(np.int64, copy=False)
+
+
+def _not_indices(sampler: BaseSampler, chosen: Any) -> SamplerError:
+    expected = "(sampled, consumed), two of them" if returns_pairs(sampler) else "a pair of them"
+    return SamplerError(
+        f"sampler {sampler!r} of class {type(sampler).__name__} returned {chosen!r:.200}, not a flat sequence of "
+        f"indices or {expected}; one without any says that there is not enough yet"
+    )
 
 
 def checked(sampler: BaseSampler, rows: Int64s, candidates: Sequence[int] | None, view: RowsView) -> Int64s:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer_queue.errors import InvalidArgument, TransferQueueError
+from transfer_queue.ledger import state as stored
 from transfer_queue.ledger.blocks import BlockBook
 from transfer_queue.ledger.drawing import Asker, Drawing
 from transfer_queue.ledger.gate import Gate
@@ -30,26 +31,14 @@ from transfer_queue.ledger.reports import Reports
 from transfer_queue.ledger.restoring import restorable
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.serving import Answer, Serving
-from transfer_queue.ledger.state import (
-    Numbered,
-    State,
-    dump_assignment,
-    dump_assignments,
-    dump_draws,
-    dump_leases,
-    dump_rows,
-    load_assignment,
-    load_assignments,
-    load_draws,
-    load_leases,
-    load_rows,
-)
+from transfer_queue.ledger.state import Numbered, State
 from transfer_queue.ledger.stirring import Stirred
 from transfer_queue.ledger.versions import Versions
 from transfer_queue.ledger.waiting import Ticket, WaitingPut, WaitingRoom
 from transfer_queue.messages import (
     AbortGroup,
     Ack,
+    AckMany,
     Admit,
     Admitted,
     Clear,
@@ -226,6 +215,13 @@ class Ledger:
         self.serving.note(Record(request, now))
         return count
 
+    def ack_many(self, request: AckMany, now: float) -> tuple[str, ...]:
+        """Consume rows of several leases; returns of each why it was refused, or ""."""
+        self._end_overdue(now)
+        refused = self._leasing.ack_each(request, self._stirred.stir)
+        self.serving.note(Record(request, now))
+        return refused
+
     def release(self, request: Release, now: float) -> int:
         """Give rows of a lease back, to be drawn again; returns their number."""
         self._end_overdue(now)
@@ -349,15 +345,15 @@ class Ledger:
         """The state as plain values, for `load`. Copies what changes, so that the copy may be used at leisure."""
         numbered = Numbered()
         state = {
-            "rows": dump_rows(self._rows),
-            "assignments": dump_assignments(self._drawing.assignments, numbered),
-            "leases": dump_leases(self.leases, numbered),
-            "draws": dump_draws(self.serving.undoable, numbered),
+            "rows": stored.dump_rows(self._rows),
+            "assignments": stored.dump_assignments(self._drawing.assignments, numbered),
+            "leases": stored.dump_leases(self.leases, numbered),
+            "draws": stored.dump_draws(self.serving.undoable, numbered),
             "samplers": self._drawing.samplers.state(),
             "usage": self.gate.state(),
             "versions": self._versions.state(),
         }
-        return state | {"pool": [dump_assignment(assignment) for assignment in numbered.all]}
+        return state | {"pool": [stored.dump_assignment(assignment) for assignment in numbered.all]}
 
     def replace(self, state: State, old: Int64s, new: Int64s) -> int:
         """Take the state of a checkpoint in place of all that is there; return how many samples it has.
@@ -379,13 +375,13 @@ class Ledger:
 
     def load(self, state: State) -> None:
         """Become the ledger that had this state; it must have been made with the same arguments as this one."""
-        known = [load_assignment(described) for described in state["pool"]]
-        load_rows(self._rows, state["rows"])
+        known = [stored.load_assignment(described) for described in state["pool"]]
+        stored.load_rows(self._rows, state["rows"])
         self._versions.load(state["versions"])
         self.gate.load(state["usage"])
-        load_assignments(self._drawing.assignments, state["assignments"], known)
-        load_leases(self.leases, state["leases"], known)
-        self.serving.undoable = load_draws(state["draws"], known)
+        stored.load_assignments(self._drawing.assignments, state["assignments"], known)
+        stored.load_leases(self.leases, state["leases"], known)
+        self.serving.undoable = stored.load_draws(state["draws"], known)
         self._drawing.samplers.load(state["samplers"])
 
     # ------------------------------------------------------------ inside

@@ -56,7 +56,7 @@ class Feed:
     # ------------------------------------------------------------ what happens
 
     def touch(self, partition: Partition, rows: Int64s) -> None:
-        """Rows were inserted, tagged or written."""
+        """Rows were inserted, tagged or written, or lost fields."""
         self._next()
         self._changed[rows] = self._number
         self._created[rows[self._created[rows] == _NO_KEY]] = self._number

@@ -12,14 +12,14 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer_queue.errors import InvalidArgument, LeaseExpired, WrongType
+from transfer_queue.errors import InvalidArgument, LeaseExpired, TransferQueueError, WrongType
 from transfer_queue.ledger.assignments import Assignment, Assignments
 from transfer_queue.ledger.leases import DONE, GONE, OPEN, RETURNED, Lease, LeaseBook, shown
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.reserving import Reserving
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.table import Handle
-from transfer_queue.messages import Put
+from transfer_queue.messages import AckMany, Put
 
 Int64s: TypeAlias = NDArray[np.int64]
 
@@ -123,6 +123,27 @@ class Leasing:
             if lease.assignment is not None:
                 stirs = self._finish_slice(partition, lease, lease.assignment)
         return count, partition if stirs or partition.sealed else None
+
+    def ack_each(self, request: AckMany, stir: Callable[[str], object]) -> tuple[str, ...]:
+        """Do that for each part; returns why it was refused, or "". `stir`: more may be served in this partition."""
+        sizes = request.sizes
+        if len(sizes) != len(request.lease_tokens) or not len(sizes):
+            raise InvalidArgument(f"{len(request.lease_tokens)} leases do not have {len(sizes)} sizes")
+        if (sizes < 0).any() or not len(request.indexes) == len(request.generations) == sizes.sum():
+            raise InvalidArgument(f"parts of {sizes.tolist()} samples are not {len(request.indexes)} samples")
+        ends = np.cumsum(sizes)[:-1]
+        rows, generations = np.split(request.indexes, ends), np.split(request.generations, ends)
+        refused = []
+        for token, *part in zip(request.lease_tokens.tolist(), rows, generations, strict=True):
+            try:
+                _, more = self.ack(token, *part)
+            except TransferQueueError as error:
+                refused.append(str(error))
+                continue
+            refused.append("")
+            if more is not None:
+                stir(more.name)
+        return tuple(refused)
 
     def _finish_slice(self, partition: Partition, lease: Lease, assignment: Assignment) -> bool:
         assignment.leased.pop(lease.rank, None)

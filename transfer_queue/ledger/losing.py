@@ -52,14 +52,20 @@ def lose_unit(rows: Rows, unit: int, stirred: Stirred, *, for_good: bool) -> Non
 def _lose(rows: Rows, blocks: Int64s, stirred: Stirred) -> None:
     if len(blocks) == 0:
         return
+    touched = [np.empty(0, np.int64)]
     for name, column in rows.table.columns.items():
         lost = np.flatnonzero((column.ready == 1) & np.isin(column.block, blocks))
+        touched.append(lost)
         for partition, positions in rows.owners(lost) if len(lost) else ():
             partition.lose_field(name, lost[positions])
             rows.uncount(partition, column.block[lost[positions]])
             stirred.stir(partition.name)
         column.ready[lost] = column.block[lost] = column.slot[lost] = 0
     rows.blocks.lose(blocks)
+    changed = np.unique(np.concatenate(touched))
+    for partition, positions in rows.owners(changed):
+        if partition.keys:
+            rows.feed.touch(partition, changed[positions])
 
 
 def _unused_slots(rows: Rows, partial: dict[int, int]) -> tuple[Int64s, Int64s]:

@@ -21,6 +21,7 @@ from transfer_queue.ledger.drawing import Drawing
 from transfer_queue.ledger.partition import Partition
 from transfer_queue.ledger.rows import Rows
 from transfer_queue.ledger.stirring import Stirred
+from transfer_queue.ledger.table import ANY_GENERATION
 from transfer_queue.ledger.versions import Versions
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -67,9 +68,9 @@ class Removing:
             self.drop(partition, rows, QUARANTINED)
 
     def clear(self, rows: Int64s, generations: Int64s | None) -> int:
-        """Remove rows by name; raises if any is gone already."""
-        self._rows.table.check_fresh(rows, np.full_like(rows, -1) if generations is None else generations)
-        rows = np.unique(rows)
+        """Remove rows by name; those that are gone already are left out, whatever is in their slots now."""
+        meant = np.full_like(rows, ANY_GENERATION) if generations is None else generations
+        rows = np.unique(rows[self._rows.table.fresh(rows, meant)])
         for partition, positions in self._rows.owners(rows):
             self.remove(partition, rows[positions], CLEARED)
         return len(rows)

@@ -174,10 +174,10 @@ class SamplerBook(RegisteredSamplers):
         offered = self._offered(draw, plan.pairs, plan.split)
         offered.update(_described(plan, ready.partition, table))
         offered = _fitting(sampler.sample, offered)
-        chosen = guarded(sampler, lambda: sampler.sample(candidates, want, **offered))
+        chosen = guarded(sampler, lambda: pair_of(sampler, sampler.sample(candidates, want, **offered)))
         if chosen is None:
             return None
-        handed_out, marked = pair_of(chosen)
+        handed_out, marked = chosen
         rows = as_rows(sampler, handed_out)
         if len(rows) == 0:
             return None
@@ -273,18 +273,16 @@ def _filtered(sampler: BaseSampler, draw: Draw, ready: ReadySet, table: RowTable
         production = np.zeros((table.capacity, 0), dtype=np.int8)
     consumption = task.consumed | (task.reserved | table.outdated()).astype(np.int8)
     offered = {"partition_id": ready.partition.name, "task_name": draw.task_name, **draw.sampler_params}
-    found = guarded(
-        sampler,
-        lambda: sampler.filter_ready_indices(
-            ready.partition.rows().tolist(),
-            torch.from_numpy(production),
-            torch.from_numpy(consumption),
-            list(draw.fields),
-            {name: column.number for name, column in table.columns.items()},
-            **_fitting(sampler.filter_ready_indices, offered),
-        ),
+    arguments = (
+        ready.partition.rows().tolist(),
+        torch.from_numpy(production),
+        torch.from_numpy(consumption),
+        list(draw.fields),
+        {name: column.number for name, column in table.columns.items()},
     )
-    return as_rows(sampler, [] if found is None else found)
+    fitting = _fitting(sampler.filter_ready_indices, offered)
+    found = guarded(sampler, lambda: as_rows(sampler, sampler.filter_ready_indices(*arguments, **fitting)))
+    return np.empty(0, np.int64) if found is None else found
 
 
 def _fitting(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:

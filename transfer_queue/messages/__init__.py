@@ -33,6 +33,7 @@ from transfer_queue.messages.base import (
 from transfer_queue.messages.controller import (
     AbortGroup,
     Ack,
+    AckMany,
     Admit,
     Announce,
     Cancel,
@@ -66,6 +67,7 @@ from transfer_queue.messages.controller import (
 )
 from transfer_queue.messages.keys import GetKeys, Keys, WaitKeys
 from transfer_queue.messages.replies import (
+    Acked,
     Admitted,
     Announced,
     BlockBytes,
@@ -126,6 +128,7 @@ ControllerRequest: TypeAlias = (
     | Settle
     | Reconcile
     | Ack
+    | AckMany
     | Release
     | Renew
     | Drop
@@ -146,6 +149,7 @@ UnitRequest: TypeAlias = (
 Request: TypeAlias = ControllerRequest | UnitRequest
 Reply: TypeAlias = (
     Done
+    | Acked
     | ErrorReply
     | PutDone
     | Drawn
@@ -175,6 +179,8 @@ __all__ = [
     "AbortBlocks",
     "AbortGroup",
     "Ack",
+    "AckMany",
+    "Acked",
     "Admit",
     "Admitted",
     "Announce",

@@ -189,6 +189,16 @@ class Ack:
     generations: Int64s  # [n]
 
 
+@message(54)
+class AckMany:
+    """So many `Ack`s, each carried out or refused by itself. Reply: `Acked`."""
+
+    lease_tokens: Int64s  # [k]
+    sizes: Int64s  # [k] rows of each, n in all
+    indexes: Int64s  # [n]
+    generations: Int64s  # [n]
+
+
 @message(26)
 class Release:
     """Give rows of a lease back, to be drawn again. Reply: `Done`."""

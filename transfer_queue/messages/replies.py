@@ -13,6 +13,13 @@ class Done:
     count: int = 0
 
 
+@message(79)
+class Acked:
+    """What became of each `Ack`: "", or why it was refused."""
+
+    refused: tuple[str, ...]  # [k]
+
+
 @message(61)
 class ErrorReply:
     """The request failed; `name`, `message`, `details` as `errors.to_wire` gives them."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,14 @@ def same_value(one: Any, other: Any, exact: bool = False) -> bool:
         return bool(one == other)
     except (TypeError, ValueError, RuntimeError):  # an array against something else: no single answer
         return False
+
+
+def copy_tags(name: str, tags: Iterable[Any]) -> list[dict[str, Any]]:
+    """Copy many tags deeply, faster than one by one."""
+    given = [{} if tag is None else tag for tag in tags]
+    if set(map(type, given)) <= {dict} and _ATOMS.issuperset(map(type, chain.from_iterable(map(dict.values, given)))):
+        return list(map(dict.copy, given))
+    return [copy_tag(name, tag) for tag in given]
 
 
 def copy_tag(name: str, tag: Any) -> dict[str, Any]:

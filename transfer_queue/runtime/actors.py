@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from transfer_queue.environment import set_logging_level
 from transfer_queue.errors import InvalidArgument, NotInitialized, WrongType
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import Clear, Done, GetExplanation, Locate, ProcessId, Report, UnitInfo
@@ -50,6 +51,7 @@ class ControllerActor:
     defaults            further ones of its clients, see `ZMQServerInfo`
     metrics_port        serve Prometheus metrics, see `start_metrics`
     starter             the process whose death ends the actor, if it is known and no other than Ray starts it again
+    logging_level       of its logger "transfer_queue"; None: TQ_LOGGING_LEVEL where the actor runs
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class ControllerActor:
         defaults: Mapping[str, Any] | None = None,
         metrics_port: int | None = None,
         starter: ProcessId | None = None,
+        logging_level: int | None = None,
     ) -> None:
+        set_logging_level(logging_level)
         ledger = Ledger(
             global_batch_size=global_batch_size,
             num_global_batch=num_global_batch,
@@ -199,6 +203,7 @@ class StorageUnitActor:
     arena_bytes      size of one shared-memory file
     journal          keep what is needed to go on with the shared memory after a kill
     starter          as for the controller
+    logging_level    as for the controller
     """
 
     def __init__(
@@ -212,7 +217,9 @@ class StorageUnitActor:
         transport: str = "auto",
         journal: bool = True,
         starter: ProcessId | None = None,
+        logging_level: int | None = None,
     ) -> None:
+        set_logging_level(logging_level)
         _remove_finished()
         actor_id = str(ray.get_runtime_context().get_actor_id())
         raise_descriptor_limit()

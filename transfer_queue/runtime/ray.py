@@ -12,6 +12,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transfer_queue.config import Settings
+from transfer_queue.environment import logging_level
 from transfer_queue.errors import CapacityExceeded, ConnectionLost, DeadlineExceeded
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime import actors
@@ -68,6 +69,7 @@ class RayRuntime:
                 defaults=settings.client,
                 metrics_port=settings.metrics,
                 starter=process_id(),
+                logging_level=logging_level("TQ_LOGGING_LEVEL"),
             )
         except ValueError as error:
             raise NameTaken(f"namespace {settings.namespace!r} has a controller already") from error
@@ -87,6 +89,7 @@ class RayRuntime:
                 transport=self._settings.transport,
                 journal=self._settings.journal_enabled,
                 starter=process_id(),
+                logging_level=logging_level("TQ_LOGGING_LEVEL"),
             )
             self._owned.append(actor)
             units.append(actor)

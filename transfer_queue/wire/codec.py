@@ -25,7 +25,7 @@ import numpy as np
 
 from transfer_queue.errors import DecodeError, EncodeError
 from transfer_queue.messages import MESSAGE_TYPES
-from transfer_queue.wire.nesting import check_entries, encodable
+from transfer_queue.wire.nesting import all_encodable, check_entries, encodable
 from transfer_queue.wire.values import Packing, Unpacking, pack_int64s, pack_value, unpack_value
 
 __all__ = [
@@ -255,6 +255,8 @@ def _encoder(hint: Any) -> _Convert | None:
         if origin is tuple and not _is_frames(member):
             if _is_description(typing.get_args(member)[0]):
                 return _encode_descriptions
+            if any(typing.get_origin(each) is dict for each in _members(typing.get_args(member)[0])):
+                return lambda value: None if value is None else all_encodable(value)
             inner = _encoder(typing.get_args(member)[0])
             if inner is None:
                 return lambda value: None if value is None else list(value)

@@ -18,6 +18,7 @@ from transfer_queue.messages import (
     MESSAGE_TYPES,
     AbortGroup,
     Ack,
+    AckMany,
     Admit,
     Clear,
     Draw,
@@ -40,7 +41,7 @@ from transfer_queue.wire.ticket import Ticket
 GIVEN_BACK = (Draw, Reserve, Pin, Admit)  # an answer that nobody gets is taken back, so the request may run again
 _LASTING = (
     *(Put, SetTags, Clear, ResetConsumption, SealGroup, AbortGroup, RegisterSampler, Restore),
-    *(Ack, Release, Renew, Drop),
+    *(Ack, AckMany, Release, Renew, Drop),
 )
 REMEMBERED = (*GIVEN_BACK, *_LASTING)
 

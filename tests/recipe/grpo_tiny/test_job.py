@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,17 +111,24 @@ def test_interrupt_stops_everything(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(rewards_of(tmp_path)) >= 2
 
 
-def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "recipe.grpo_tiny", "--out", str(out), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=250, check=False)
+@pytest.fixture
+def command(forked: Any, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs the job and returns its status, its output and its errors; its files are in `tmp_path`."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with forked("", "--out", str(tmp_path), *arguments, module="recipe.grpo_tiny") as process:
+            output, errors = process.communicate(timeout=250)
+        return process.returncode, output, errors
+
+    return run
 
 
 @pytest.mark.parametrize("runtime", ["embedded", pytest.param("ray", marks=pytest.mark.slow)])
 @pytest.mark.timeout(250)
-def test_smoke_command(tmp_path: Path, runtime: str) -> None:
+def test_smoke_command(tmp_path: Path, runtime: str, command: Any) -> None:
     """A few steps with ragged prompts end with status 0, all files, and a bill in which every task took every row."""
-    done = command(tmp_path, "--smoke", "--runtime", runtime, "--prompt-noise", "2")
-    assert done.returncode == 0, done.stderr
+    status, _, errors = command("--smoke", "--runtime", runtime, "--prompt-noise", "2")
+    assert status == 0, errors
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert len(rewards_of(tmp_path)) == 8
@@ -135,10 +141,10 @@ def test_smoke_command(tmp_path: Path, runtime: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(250)
 @pytest.mark.parametrize("runtime", ["embedded", "ray"])
-def test_the_job_learns(tmp_path: Path, runtime: str) -> None:
+def test_the_job_learns(tmp_path: Path, runtime: str, command: Any) -> None:
     """The whole run passes both checks within its time."""
-    done = command(tmp_path, "--runtime", runtime)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, output, errors = command("--runtime", runtime)
+    assert status == 0, output + errors
     times = json.loads((tmp_path / "summary.json").read_text())["times_s"]
     assert times["training"] < 60
     assert times["whole"] < 120

@@ -11,7 +11,7 @@ from recipe.grpo_tiny.checks import ConservationError
 from recipe.sparkline import sparkline
 from recipe.streaming_ddp.config import Settings, parse
 from recipe.streaming_ddp.job import check_rows, check_weights
-from recipe.streaming_ddp.rank import timed
+from recipe.streaming_ddp.rank import processor_ticks, timed
 from recipe.streaming_ddp.stream import Source
 
 FINE = {"consumed": 4, "redelivered": 0}
@@ -71,6 +71,12 @@ def test_rows_of_a_source_are_the_same_each_time() -> None:
     assert abs(float(rows["y"].mean())) < 0.1
     assert abs(float(rows["y"].var()) - 1) < 0.1
     assert not torch.equal(rows["x"], Source(16, seed=2).rows(100, 2000)["x"])
+
+
+def test_ticks_of_the_processors() -> None:
+    """No processor works for more than all of its time."""
+    worked, total = processor_ticks()
+    assert 0 < worked < total
 
 
 def test_waits_are_told_with_what_came() -> None:

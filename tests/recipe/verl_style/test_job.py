@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -96,29 +95,36 @@ def test_an_error_of_a_worker_that_runs_ahead_is_raised_as_it_is(monkeypatch: py
         job.exit_status(small("async", timeout_s=0.5))
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "recipe.verl_style", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=100, check=False)
+@pytest.fixture
+def command(forked: Any) -> Callable[..., tuple[int, str, str]]:
+    """Runs the job and returns its status, its output and its errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with forked("", *arguments, module="recipe.verl_style") as process:
+            output, errors = process.communicate(timeout=100)
+        return process.returncode, output, errors
+
+    return run
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("runtime", ["embedded", pytest.param("ray", marks=pytest.mark.slow)])
 @pytest.mark.timeout(110)
-def test_smoke_command(mode: str, runtime: str) -> None:
+def test_smoke_command(mode: str, runtime: str, command: Any) -> None:
     """A few steps end with status 0 and the accounts of every sample."""
-    done = command("--smoke", "--mode", mode, "--runtime", runtime)
-    assert done.returncode == 0, done.stderr
-    shown = lines(done.stdout)
+    status, output, errors = command("--smoke", "--mode", mode, "--runtime", runtime)
+    assert status == 0, errors
+    shown = lines(output)
     assert f"{4 * 128} trained once and cleared" in shown["audit"]
     assert ("rollout" in shown) == (mode == "async")
-    assert len(done.stdout.splitlines()) <= 24
+    assert len(output.splitlines()) <= 24
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(110)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_job_learns(mode: str) -> None:
+def test_the_job_learns(mode: str, command: Any) -> None:
     """The whole run under Ray passes both checks."""
-    done = command("--mode", mode)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("passed") == 2
+    status, output, errors = command("--mode", mode)
+    assert status == 0, output + errors
+    assert output.count("passed") == 2

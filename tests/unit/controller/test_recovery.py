@@ -267,7 +267,7 @@ def test_a_record_that_does_not_fit_is_damage_and_says_which(life: Life, tmp_pat
     """A journal of another queue behind a snapshot of this one, say."""
     announce(life)
     done = life.ask(put_request(1, ("x",), UNIT + 1))
-    life.ask(Clear(partition_id=None, global_step=None, indexes=done.indexes, generations=done.generations))
+    life.ask(Drop(**handle_of(done), reason="spoiled"))
     shutil.copytree(life.folder, tmp_path / "copy")
     from transfer_queue.journal import Journal
 

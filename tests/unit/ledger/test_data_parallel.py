@@ -10,6 +10,7 @@ import pytest
 from tests.unit.ledger.driver import Driver, rows
 from transfer_queue import BaseSampler, DPSampler, GRPOSampler, SequentialSampler
 from transfer_queue.errors import InvalidArgument, StaleSampleError
+from transfer_queue.ledger import assignments, state
 
 
 def test_ranks_get_contiguous_slices_of_one_selection() -> None:
@@ -334,8 +335,10 @@ def test_reserved_rows_are_explained() -> None:
     assert "4 are reserved by dp_group_id 'g' (served ranks [2], waits for ranks [0, 1, 3])" in queue.explain()
 
 
-def test_what_the_ledger_remembers_does_not_grow_with_the_steps_of_a_run() -> None:
-    """Batches with and without a name leave no trace once they are cleared and 1024 others have been."""
+def test_what_the_ledger_remembers_does_not_grow_with_the_steps_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches with and without a name leave no trace once they are cleared, and so many others that none is told of."""
+    for module in (assignments, state):
+        monkeypatch.setattr(module, "REMEMBERED", 64)
     queue = Driver()
 
     def steps(start: int, count: int) -> int:
@@ -347,7 +350,7 @@ def test_what_the_ledger_remembers_does_not_grow_with_the_steps_of_a_run() -> No
             queue.clear(queue.locate())
         return _held(queue)
 
-    assert steps(0, 1100) + 50 > steps(1100, 1100)
+    assert steps(0, 220) + 10 > steps(220, 220)
 
 
 def _held(queue: Driver) -> int:

@@ -98,7 +98,7 @@ class LedgerMachine(RuleBasedStateMachine):
         options = handle([*live, dead])
         self.expect(Stale(), lambda: self.queue.put(len(live) + 1, ["x"], **options))
         reply = PutDone(partition_id="", **options)
-        self.expect(Stale(), lambda: self.queue.clear(reply))
+        assert self.queue.clear(PutDone(partition_id="", **handle([dead]))) == 0
         self.expect(Stale(), lambda: self.queue.set_tags(reply, *[{}] * (len(live) + 1)))
 
     # ------------------------------------------------------------ consuming
