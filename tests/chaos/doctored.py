@@ -369,9 +369,9 @@ def excused_by_a_broken_connection(record: Record) -> None:
 
 
 def excused_by_asking_again(record: Record) -> None:
-    """The outcome of a call that broke off is known in the end."""
-    looker(record)[0].outcome = "ConnectionLost"
-    looker(record)[0].again = [draw("looker-0-0", "look", 2.2, 2)]
+    """What a call that broke off had been granted runs out; asked again, it is granted anew."""
+    looker(record)[0].outcome, looker(record)[0].again = "ConnectionLost", [draw("looker-0-0", "look", 2.2, 2)]
+    expire_what_was_settled(record)
     record.disturbances.append(dataclasses.replace(LOST, whom=""))
 
 

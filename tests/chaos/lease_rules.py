@@ -72,8 +72,9 @@ def duplicates(record: Record) -> Iterator[str]:
         settled = {call.facts["token"] for call in _of_task(record, task, "ack", "release") if call.last.outcome == OK}
         leases = {(call.get("partition"), call.get("token")): call for call in draws if call.last.outcome == OK}
         excused = sum(len(call.get("keys")) for (_, token), call in leases.items() if token not in settled)
-        # A draw whose answer nobody got may have been granted, and how many samples it was granted nobody knows.
-        excused += MOST_ROWS * sum(call.last.outcome in (None, *BROKEN) for call in draws)
+        # What nobody got the answer of may have been granted, how many samples nobody knows; and so may its repetition.
+        attempts = [attempt for call in draws for attempt in (call, *call.again)]
+        excused += MOST_ROWS * sum(attempt.outcome in (None, *BROKEN) for attempt in attempts)
         delivered = sum(len(call.get("keys")) for call in leases.values())
         accounts = [found["tasks"].get(task, {}) for name, found in record.audit["partitions"].items()
                     if name in PARTITIONS]  # fmt: skip
