@@ -105,3 +105,11 @@ def test_what_cannot_be_sent_raises(piece: dict[str, Callable[[], None]]) -> Non
     """Where the loop is, with the worker's traceback; and it takes no slot."""
     with pytest.raises(Exception, match="pickle"):
         next(iter(loader([piece])))
+
+
+def test_one_tensor_in_two_places_arrives_as_one() -> None:
+    """Jagged columns with the same offsets can be added after it."""
+    first = torch.nested.as_nested_tensor([torch.arange(n) for n in (3, 1, 2)], layout=torch.jagged)
+    second = torch.nested.nested_tensor_from_jagged(torch.ones(6), offsets=first.offsets())
+    (data,) = loader([TensorDict({"a": first, "b": second}, batch_size=[3])])
+    assert (data["a"] + data["b"]).values().tolist() == [1, 2, 3, 1, 1, 2]

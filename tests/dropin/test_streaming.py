@@ -20,10 +20,9 @@ from tensordict import NonTensorStack, TensorDict
 
 import transfer_queue as tq
 from tests.dropin.processes import CONTEXT
+from tests.dropin.streams import CONF, dataset, put, rows
 from transfer_queue.dataloader import StreamingDataLoader, StreamingDataset, chunk_batch_fn, default_fetch_batch_fn
 from transfer_queue.metadata import BatchMeta
-
-CONF = {"runtime": "embedded", "backend": {"SimpleStorage": {"capacity_bytes": 64 << 20}}}
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +37,6 @@ def partition(request: pytest.FixtureRequest, conf: Any) -> Iterator[str]:
     name = request.node.name
     yield name
     tq.get_client().clear_partition(name)
-
-
-def put(partition: str, *values: int, last: bool = False) -> None:
-    """Rows `x` = value and `text` = its name."""
-    data = {"x": torch.tensor(values), "text": [f"row {value}" for value in values]}
-    tq.get_client().put(data, partition_id=partition, is_last=last)
-
-
-def dataset(conf: Any, partition: str, batch: int = 10, micro: int = 4, **options: Any) -> StreamingDataset:
-    options = {"should_check_consumption_status": True, "dp_rank": 0, "task_name": "train", **options}
-    return StreamingDataset(conf, batch, micro, ["x", "text"], partition, **options)
-
-
-def rows(pairs: Any) -> list[int]:
-    """Values of all rows; data and meta of each pair have to agree."""
-    found = []
-    for data, meta in pairs:
-        assert data.batch_size == torch.Size([meta.size])
-        assert data["text"].tolist() == [f"row {value}" for value in data["x"].tolist()]
-        assert tq.get_client().get_data(meta)["x"].tolist() == data["x"].tolist()
-        found += data["x"].tolist()
-    return found
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -246,3 +247,86 @@ def test_the_thread_ends_when_it_is_not_needed(
         if thread is not None:
             thread.join(WAIT_S)
         assert acks._thread is None and acks.outstanding == 0
+
+
+def test_a_call_with_no_time_comes_behind_as_well(handler: Slow, peer: AnyPeer, acks: Acknowledger) -> None:
+    """In an event loop: looking is asked with a timeout of 0."""
+    assert acks.give([ack()], WAIT_S)
+    handler.wait_for(lambda: handler.held)
+    with ThreadPoolExecutor(1) as other:
+        reply = other.submit(lambda: asyncio.run(Behind(peer, acks).acall(draw(0.0), 0.0)))
+        threading.Event().wait(0.05)
+        assert not reply.done() and handler.kinds() == ["AckMany"]
+        handler.answer(1)
+        reply.result(WAIT_S)
+    assert handler.kinds() == ["AckMany", "Draw"]
+
+
+def test_one_finds_out_that_nothing_is_answered(
+    handler: Slow, peer: AnyPeer, acks: Acknowledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go ahead, until there is an answer again."""
+    monkeypatch.setattr("transfer_queue.client.acking._ORDER_S", 0.01)
+    behind = Behind(peer, acks)
+    assert acks.give([ack(1)], WAIT_S)
+    handler.wait_for(lambda: handler.held)
+    behind.begin(ListPartitions()).cancel()
+    assert acks.earlier() is None
+    assert acks.give([ack(2)], WAIT_S)
+    handler.answer(1)
+    handler.wait_for(lambda: handler.held)
+    earlier = acks.earlier()
+    assert earlier is not None and not earlier.done()
+    handler.answer(1)
+    earlier.result(WAIT_S)
+
+
+def test_a_thread_that_cannot_start(acks: Acknowledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is under way after it."""
+    monkeypatch.setattr(threading.Thread, "start", _refuse)
+    with pytest.raises(RuntimeError, match="no more threads"):
+        acks.give([ack()], WAIT_S)
+    assert acks.outstanding == 0 and acks.settled().done()
+
+
+def _refuse(thread: threading.Thread) -> None:
+    raise RuntimeError("no more threads")
+
+
+def test_what_cannot_be_sent_holds_up_nothing(
+    handler: Slow, peer: AnyPeer, acks: Acknowledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is that is raised."""
+    handler.at_once = True
+    with monkeypatch.context() as patch:
+        patch.setattr("transfer_queue.client.acking._joined", lambda given: given.no_such_thing)
+        assert acks.give([ack(1, 3)], WAIT_S)
+        acks.settled().result(WAIT_S)
+    assert acks.late == 3
+    assert acks.give([ack(2)], WAIT_S)
+    acks.settled().result(WAIT_S)
+    assert handler.tokens() == [2] and acks.late == 3
+
+
+def test_many_rows_go_in_several_messages(handler: Slow, acks: Acknowledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfer_queue.client.acking._GATHER_ROWS", 4)
+    handler.at_once = True
+    assert acks.give([ack(token, 3) for token in range(4)], WAIT_S)
+    acks.settled().result(WAIT_S)
+    sizes = [len(one.lease_tokens) for one in handler.requests if isinstance(one, AckMany)]
+    assert sizes == [2, 2] and handler.tokens() == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("peer", ["socket"], indirect=True)
+def test_a_process_that_ends_waits_for_them(handler: Slow, acks: Acknowledger) -> None:
+    """One that `multiprocessing` forked as well, which ends without all that Python does at its end."""
+    handler.at_once = True
+    assert acks.give([ack(1)], WAIT_S)
+    acks.settled().result(WAIT_S)
+    child = multiprocessing.get_context("fork").Process(target=acks.give, args=([ack(2)], WAIT_S))
+    child.start()
+    child.join(WAIT_S)
+    assert child.exitcode == 0
+    child.close()
+    assert handler.tokens() == [1, 2]

@@ -300,6 +300,12 @@ def test_object_arrays_hide_nothing() -> None:
         encode_message(Report(entries={"a": value}))
 
 
+def test_a_tag_that_is_no_dict_is_refused() -> None:
+    tags = (types.MappingProxyType({"a": 1}),)
+    with pytest.raises(EncodeError, match="mappingproxy"):
+        encode_message(SetTags(indexes=np.arange(1), generations=np.arange(1), tags=tags))  # type: ignore[arg-type]
+
+
 def test_a_time_that_is_no_number_is_refused() -> None:
     """It would have no place among deadlines; infinity has one."""
     cls = next(cls for cls in ALL if cls.__name__ == "ListUnits")

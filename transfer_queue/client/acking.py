@@ -4,6 +4,8 @@ A thread of the client sends them and takes the answers, while the consumer work
 milliseconds into one request, which costs both ends little more than a single one. As it has a connection of its own,
 `Behind` keeps the order: what the client asks of the controller next is sent when they are answered. Draws that may
 wait, and renewals, need not: an acknowledgement that makes a difference to a draw wakes it.
+
+A process that ends waits for those of all its clients, also one that `multiprocessing` forked.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 import numpy as np
 
-from transfer_queue.errors import ConnectionLost, TransferQueueError
+from transfer_queue.errors import ConnectionLost
 from transfer_queue.messages import Ack, Acked, AckMany, Draw, Renew, Reply, Request, WaitKeys, int64s_of
 from transfer_queue.wire.peer import AnyPeer, Pending
 
@@ -30,8 +34,10 @@ log = logging.getLogger("transfer_queue")
 MOST_OUTSTANDING = 32  # leases
 
 _GATHER_S = 0.005
+_GATHER_ROWS = 1 << 14
 _IDLE_S = 5.0  # then the thread ends, until it is needed again
 _ORDER_S = 5.0  # a request does not wait longer for those before it: the controller is away, or does not answer
+_END_S = 5.0  # nor does the end of the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,7 @@ class Acknowledger:
         self._thread: threading.Thread | None = None
         self._given = self._answered = self.late = 0
         self._begin()
+        _all.add(self)
 
     def __repr__(self) -> str:
         return f"<Acknowledger: {self.outstanding} under way, {self.late} samples late>"
@@ -70,24 +77,24 @@ class Acknowledger:
         `timeout_s`: how long from now on they are sent again to a controller that is away. Raises `ConnectionLost` if
         the client is closed.
         """
-        self._leave_to_parent()
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             if self._closed:
                 raise ConnectionLost("this client was closed: open a new one")
             if self.outstanding and self.outstanding + len(requests) > self._most:
                 return False
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._run, name="tq-acknowledgements", daemon=True)
+                thread.start()  # if it cannot be, nothing has changed yet
+                self._thread = thread
+                _finish_at_exit()
             self._given += len(requests)
             for request in requests:
                 self._queue.put(_Given(request, len(request.indexes), deadline_s))
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="tq-acknowledgements", daemon=True)
-                self._thread.start()
         return True
 
     def settled(self) -> Future[None]:
         """Done when all that were given by now are answered, or failed. Cannot be cancelled."""
-        self._leave_to_parent()
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
@@ -98,9 +105,16 @@ class Acknowledger:
                 future.set_result(None)
         return future
 
+    def earlier(self) -> Future[None] | None:
+        """What a request that comes behind waits for; None: nothing, or it would be in vain again."""
+        return self.settled() if self.outstanding and self._in_vain_at != self._answered else None
+
+    def note_waited_in_vain(self) -> None:
+        """Until there is an answer nobody else has to find out."""
+        self._in_vain_at = self._answered
+
     def close(self) -> None:
         """Take no more, and end the thread; those under way end with the connection. May be called twice."""
-        self._leave_to_parent()
         with self._lock:
             self._closed = True
             self._hurry.set()
@@ -112,35 +126,34 @@ class Acknowledger:
     # ------------------------------------------------------------ inside
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
+        """Also in a forked child: what the parent gave is sent there, and the lock may be held for ever."""
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[_Given | None] = queue.SimpleQueue()
         self._hurry = threading.Event()  # somebody waits
         self._thread = None
         self._given = self._answered = self.late = 0
+        self._in_vain_at = -1
         self._waiting: list[tuple[int, Future[None]]] = []  # until so many are answered
-
-    def _leave_to_parent(self) -> None:
-        """After a fork: what the parent gave is sent there, and the lock may be held for ever."""
-        if os.getpid() != self._pid:
-            self._begin()
 
     def _run(self) -> None:
         while (first := self._next()) is not None:
             self._hurry.wait(_GATHER_S)
-            given = [first, *self._others()]
+            given = [first, *self._others(first.samples)]
             try:
                 self._send(given)
+            except Exception as error:  # whatever it is: the next ones are sent
+                self._tell(sum(one.samples for one in given), error)
             finally:
                 self._note_answers(len(given))
 
-    def _others(self) -> Iterator[_Given]:
-        """What waits as well; only this thread takes from the queue."""
-        while not self._queue.empty():
+    def _others(self, rows: int) -> Iterator[_Given]:
+        """What waits as well, until there are many rows; only this thread takes from the queue."""
+        while rows < _GATHER_ROWS and not self._queue.empty():
             one = self._queue.get()
             if one is None:
                 self._queue.put(None)
                 return
+            rows += one.samples
             yield one
 
     def _next(self) -> _Given | None:
@@ -156,12 +169,8 @@ class Acknowledger:
 
     def _send(self, given: Sequence[_Given]) -> None:
         """Send them as one request, and wait for what becomes of each."""
-        try:
-            left_s = max(one.deadline_s for one in given) - time.monotonic()
-            reply = self._peer.begin(_joined(given)).result(max(0.0, left_s))
-        except TransferQueueError as error:
-            self._tell(sum(one.samples for one in given), error)
-            return
+        left_s = max(one.deadline_s for one in given) - time.monotonic()
+        reply = self._peer.begin(_joined(given)).result(max(0.0, left_s))
         assert isinstance(reply, Acked), reply
         for one, reason in zip(given, reply.refused, strict=True):
             if reason:
@@ -197,13 +206,17 @@ class Behind:
         return self.peer.unput
 
     def begin(self, request: Request, *, request_id: int | None = None) -> Pending:
-        if self._acks.outstanding and _comes_behind(request):
-            concurrent.futures.wait([self._acks.settled()], _ORDER_S)
+        earlier = self._acks.earlier() if _comes_behind(request) else None
+        if earlier is not None and not concurrent.futures.wait([earlier], _ORDER_S).done:
+            self._acks.note_waited_in_vain()
         return self.peer.begin(request, request_id=request_id)
 
     async def acall(self, request: Request, timeout_s: float, *, request_id: int | None = None) -> Reply:
-        if self._acks.outstanding and _comes_behind(request):
-            await asyncio.wait([asyncio.wrap_future(self._acks.settled())], timeout=min(timeout_s, _ORDER_S))
+        earlier = self._acks.earlier() if _comes_behind(request) else None
+        if earlier is not None:
+            answered, _ = await asyncio.wait([asyncio.wrap_future(earlier)], timeout=_ORDER_S)
+            if not answered:
+                self._acks.note_waited_in_vain()
         return await self.peer.acall(request, timeout_s, request_id=request_id)
 
     def notify(self, request: Request) -> None:
@@ -211,6 +224,29 @@ class Behind:
 
     def close(self) -> None:
         self.peer.close()
+
+
+# ---------------------------------------------------------------- of this process
+
+_all: weakref.WeakSet[Acknowledger] = weakref.WeakSet()
+_finalizers: list[Finalize] = []  # the last one, if any; `multiprocessing` forgets it in a child that it forks
+
+
+def _begin_anew() -> None:
+    for acks in list(_all):
+        acks._begin()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
+def _finish_at_exit() -> None:
+    if not _finalizers or not _finalizers[0].still_active():
+        _finalizers[:] = [Finalize(None, _finish, exitpriority=1)]
+
+
+def _finish() -> None:
+    concurrent.futures.wait([acks.settled() for acks in list(_all)], _END_S)
 
 
 def _joined(given: Sequence[_Given]) -> AckMany:

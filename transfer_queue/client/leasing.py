@@ -207,7 +207,7 @@ def _settle(core: ClientCore, metadata: BatchMeta, kind: type[Ack] | type[Releas
 def _leave(core: ClientCore, requests: Sequence[Ack], timeout_s: float) -> Operation[None]:
     """Have these sent, as soon as no more than some are under way."""
     deadline_s = time.monotonic() + timeout_s
-    while not core.acks.give(requests, left_s := max(0.0, deadline_s - time.monotonic())):
+    while requests and not core.acks.give(requests, left_s := max(0.0, deadline_s - time.monotonic())):
         if not (yield Wait(core.acks.settled(), left_s)):
             raise ConnectionLost(f"{core.acks.outstanding} acknowledgements got no answer: is the controller alive?")
 

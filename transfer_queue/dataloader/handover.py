@@ -147,19 +147,24 @@ class _Packer(ForkingPickler):
         self._memory = memory
         self._start = start
         self.used_bytes = 0
+        self._places: dict[int, tuple[torch.Tensor, _Place]] = {}  # by id; what is pickled twice arrives as one tensor
 
     def persistent_id(self, value: Any) -> _Place | None:
         """Where a tensor lies now; None for what is pickled."""
         if type(value) is not torch.Tensor or not _is_plain(value):
             return None
+        if id(value) in self._places:
+            return self._places[id(value)][1]
         begin = -(-self.used_bytes // _ALIGNMENT) * _ALIGNMENT
         end = begin + value.nbytes
         if end > SLOT_BYTES:
             return None
-        lying = torch.frombuffer(self._memory, dtype=value.dtype, count=value.numel(), offset=self._start + begin)
-        lying.copy_(value.view(-1))
+        lying = torch.frombuffer(self._memory, dtype=torch.uint8, count=value.nbytes, offset=self._start + begin)
+        lying.copy_(value.view(-1).view(torch.uint8))
         self.used_bytes = end
-        return begin, value.dtype, tuple(value.shape)
+        place = begin, value.dtype, tuple(value.shape)
+        self._places[id(value)] = value, place
+        return place
 
 
 class _Opener(pickle.Unpickler):
@@ -168,10 +173,14 @@ class _Opener(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO, lying: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         super().__init__(stream)
         self._lying = lying
+        self._tensors: dict[int, torch.Tensor] = {}  # by offset
 
     def persistent_load(self, place: _Place) -> torch.Tensor:
         begin, dtype, shape = place
-        return torch.frombuffer(self._lying, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+        if begin not in self._tensors:
+            tensor = torch.frombuffer(self._lying, dtype=dtype, count=math.prod(shape), offset=begin)
+            self._tensors[begin] = tensor.view(shape)
+        return self._tensors[begin]
 
 
 def _is_plain(value: torch.Tensor) -> bool:

@@ -67,17 +67,29 @@ class StreamingDataLoader(DataLoader[Any]):
         if self._replay:
             self._replay = False
             yield from list(self._handed_out)
-        if self._iterator is None:  # else workers that persist have theirs
-            self._handover = self.collate_fn = Handover(self.num_workers, self.prefetch_factor or 0)
-        handover = self._handover  # lives as long as this iteration
-        every = super().__iter__()
-        handover.close()
-        pieces = (piece for piece in every if piece.batch_index >= 0)
-        for piece in handed_out(self.dataset.client(), pieces):
-            if self.dataset.keep_batches:
-                self._handed_out.append(piece)
-            self.dataset.note(piece, self.num_workers)
-            yield piece
+        every = self._iterator_of_workers()
+        is_left = True
+        try:
+            pieces = (piece for piece in every if piece.batch_index >= 0)
+            for piece in handed_out(self.dataset.client(), pieces):
+                if self.dataset.keep_batches:
+                    self._handed_out.append(piece)
+                self.dataset.note(piece, self.num_workers)
+                yield piece
+            is_left = False
+        finally:
+            if is_left and self._iterator is every:
+                self._iterator = None  # workers that persist are ahead of what was handed out
+
+    def _iterator_of_workers(self) -> Iterator[StreamedBatch]:
+        if self._iterator is not None:  # workers that persist have their handover, and so has their iterator
+            return super().__iter__()
+        handover = self.collate_fn = Handover(self.num_workers, self.prefetch_factor or 0)
+        try:
+            return super().__iter__()  # it keeps the handover
+        finally:
+            self.collate_fn = _as_it_is
+            handover.close()
 
     def _pinned(self, piece: StreamedBatch) -> tuple[Any, BatchMeta]:
         data, meta = piece

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -143,7 +143,7 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
         self._batches: list[tuple[int, Fetched]] = []
         self._replay: deque[tuple[int, Fetched]] = deque()
         self._current: tuple[int, Fetched] | None = None  # of which maybe not all pieces were yielded
-        self._positions: dict[int, tuple[int, int]] = {}  # per worker: batch, and how many pieces of it are handed out
+        self._positions: dict[int, _Position] = {}  # per worker
         self._consumed = False  # all was, when this process last looked
         self._fewer: int | None = None  # rows that are left at the end of the stream
         self._local: _Local | None = None
@@ -160,7 +160,10 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
         """
         info = get_worker_info()
         if info is not None:
-            yield from self.pieces(info.id, info.num_workers)
+            for piece in self.pieces(info.id, info.num_workers):
+                if piece is not NOTHING_YET:
+                    self.note(piece, info.num_workers)  # a worker that persists goes on here
+                yield piece
             return
         while self._replay:
             index, fetched = self._replay.popleft()
@@ -175,7 +178,8 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
         One of several that draw under leases yields `NOTHING_YET` from time to time when nothing comes: the stream ends
         when everything is acknowledged, and the loader can do that only with what it is handed.
         """
-        index, done = self._positions.get(worker, (worker, 0))
+        begun = self._positions.get(worker, _Position(worker))
+        index, done = begun.batch, begun.pieces
         while True:
             if self._current is None or self._current[0] != index:
                 fetched = self._next(index, workers)
@@ -186,6 +190,8 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
                         yield NOTHING_YET
                     continue
                 self._current = index, fetched
+                if done and not begun.lies_in(fetched[1]):
+                    done = 0  # the draw got another batch than the one that was begun
                 if self.keep_batches and workers == 1:
                     self._batches.append(self._current)
             yield from itertools.islice(self._cut(self._current[1], index), done, None)
@@ -193,8 +199,10 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
 
     def note(self, piece: StreamedBatch, workers: int) -> None:
         """This piece was handed out: another iteration goes on behind it."""
-        index = piece.batch_index
-        self._positions[index % workers] = (index + workers, 0) if piece.is_last else (index, piece.piece + 1)
+        index, meta = piece.batch_index, piece.meta
+        last_row = (int(meta.indexes[-1]), int(meta.generations[-1])) if meta.size else ()
+        goes_on = _Position(index + workers) if piece.is_last else _Position(index, piece.piece + 1, *last_row)
+        self._positions[index % workers] = goes_on
 
     def _cut(self, fetched: Fetched, index: int) -> Iterator[StreamedBatch]:
         data, meta = fetched
@@ -267,7 +275,7 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
         """The next iteration begins with the batches of the buffer."""
         self._replay = deque(self._batches)
         if self._batches:
-            self._positions[0] = self._batches[-1][0] + 1, 0
+            self._positions[0] = _Position(self._batches[-1][0] + 1)
 
     def step(self, partition_id: str) -> None:
         """Go on with another partition, from its first batch; the buffer is emptied.
@@ -294,7 +302,7 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind what another dataset had handed out."""
         self.step(state["partition_id"])
-        self._positions = {int(worker): (index, done) for worker, (index, done) in state["positions"].items()}
+        self._positions = {int(worker): _Position(*position) for worker, position in state["positions"].items()}
 
     def client(self) -> TransferQueueClient:
         """The client of this process for this dataset."""
@@ -304,6 +312,23 @@ class StreamingDataset(IterableDataset[tuple[Any, BatchMeta]]):
         if self._local is None or self._local.pid != os.getpid():
             self._local = _Local(self)
         return self._local
+
+
+class _Position(NamedTuple):
+    """How far a worker is in the stream.
+
+    batch, pieces      the number of a batch, and how many pieces of it were handed out
+    row, generation    of the last sample of these
+    """
+
+    batch: int
+    pieces: int = 0
+    row: int = -1
+    generation: int = -1
+
+    def lies_in(self, meta: BatchMeta) -> bool:
+        """Whether this is the batch that was begun: a sampler may deal by number, or give what comes next."""
+        return bool(((meta.indexes == self.row) & (meta.generations == self.generation)).any())
 
 
 class _Local:

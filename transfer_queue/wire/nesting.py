@@ -5,6 +5,7 @@ A receiver that took more than it can encode would fail later, in the answers to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -29,9 +30,10 @@ def all_encodable(dicts: Iterable[dict[str, Any] | None]) -> list[dict[str, Any]
     """The same for many, which are looked at together: that takes a fraction of the time."""
     entries = list(dicts)
     given = list(filter(None, entries))
-    flat = chain(chain.from_iterable(given), chain.from_iterable(map(dict.values, given)))
-    if _FLAT.issuperset(map(type, flat)):
-        return entries
+    with contextlib.suppress(TypeError):  # what is no dict at all is refused where it is packed
+        flat = chain(chain.from_iterable(given), chain.from_iterable(map(dict.values, given)))
+        if _FLAT.issuperset(map(type, flat)):
+            return entries
     try:
         _check_depth(entries)
     except ValueError as error:
