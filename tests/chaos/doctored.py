@@ -318,7 +318,7 @@ def excused_by_full_disk(record: Record) -> None:
 
 
 def excused_by_a_proxy(record: Record) -> None:
-    record.disturbances.append(LOST)
+    record.disturbances, record.stopped = [LOST], {"looker-0-0": 5.0}  # stopped at another time
     record.proxied.add("looker-0-0")
     looker(record).append(told("looker-0-0", "draw", 2.0, "ConnectionLost", task="look", partition="a"))
 

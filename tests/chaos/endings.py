@@ -72,12 +72,10 @@ def _may_end(record: Record, life: Life, first: Told, call: Told) -> bool:
         return any(one.meets(call) and record.reaches(one, life.name) for one in record.disturbances)
     if call.outcome == "StaleSampleError" and _of_a_rank(life, first):
         return True
-    if call.outcome in BROKEN and life.name in record.stopped:
-        # Its own deadlines passed while it was stopped, at any moment of the fault that stopped it.
-        return any(one.meets(call) for one in record.disturbances if one.whom == STOPPED)
-    return any(
-        ending in one.allows and one.meets(call) and record.reaches(one, life.name) for one in record.disturbances
-    )
+    met = [one for one in record.disturbances if one.meets(call) and record.reaches(one, life.name)]
+    if call.outcome in BROKEN and any(one.whom == STOPPED for one in met):
+        return True  # its own deadlines passed while it was stopped, at any moment of the fault that stopped it
+    return any(ending in one.allows for one in met)
 
 
 def _met(record: Record, life: Life, call: Told) -> str:
