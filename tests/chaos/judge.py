@@ -1,12 +1,15 @@
 """Compares what the processes were told with what the queue says of itself at the end.
 
 The rules hold whatever was injected. Each exception from them is tied to the fault that explains it, and to its time.
+`python -m tests.chaos.judge FOLDER…` judges again the rounds whose evidence was kept.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.chaos.draw_rules import clears, counted, grants, groups, slices
@@ -144,3 +147,15 @@ def _counts(record: Record) -> dict[str, int]:
             counts["redelivered"] = counts.get("redelivered", 0) + account.get("redelivered", 0)
             counts["expired"] = counts.get("expired", 0) + account.get("leases", {}).get("expired", 0)
     return counts
+
+
+def main(folders: list[str]) -> int:
+    """Print what the rules find; return whether it is anything."""
+    found = {folder: judge(Record.kept(Path(folder))).violations for folder in folders}
+    for folder, violations in found.items():
+        sys.stdout.write("\n  ".join([f"{folder}: {len(violations)} violations", *violations]) + "\n")
+    return int(any(found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tests.chaos.sidelog import Life, Told
+from tests.chaos.sidelog import Life, Told, read_all
 
 STOPPED, PROXIED = "stopped", "proxied"
 
+_FILE = "record.json"
 _AFTERWARDS_S = 5.0  # a client may need this long to find its way back to a server that is well again
 
 
@@ -26,6 +29,13 @@ class Disturbance:
     ended: float
     allows: frozenset[tuple[str, str]] = frozenset()
     whom: str = ""
+
+    def as_plain(self) -> dict[str, Any]:
+        return vars(self) | {"allows": sorted(self.allows)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Disturbance:
+        return cls(**plain | {"allows": frozenset((op, outcome) for op, outcome in plain["allows"])})
 
     def meets(self, call: Told) -> bool:
         """Whether the call was under way while the fault lasted, or a moment after it."""
@@ -60,6 +70,21 @@ class Record:
     disturbances: list[Disturbance] = field(default_factory=list)
     units: dict[str, dict[str, int]] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
+
+    def keep(self, folder: Path) -> None:
+        """Write beside the side logs what is not in them."""
+        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in vars(self).items()}
+        del plain["lives"]
+        plain["disturbances"] = [one.as_plain() for one in self.disturbances]
+        (folder / _FILE).write_text(json.dumps(plain))
+
+    @classmethod
+    def kept(cls, folder: Path) -> Record:
+        """That of a round whose evidence is in this folder."""
+        plain = json.loads((folder / _FILE).read_text())
+        plain |= {name: set(plain[name]) for name in ("killed", "live", "proxied")}
+        plain["disturbances"] = [Disturbance.from_plain(one) for one in plain["disturbances"]]
+        return cls(read_all(folder), **plain)
 
     def calls(self, *ops: str) -> Iterator[Told]:
         """All calls of these operations, without their repetitions."""

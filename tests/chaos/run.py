@@ -76,6 +76,7 @@ def run_round(
             (folder / part).mkdir()
         try:
             record = _in_session(result, folder, chance, faults, seconds, zygote)
+            record.keep(folder / "logs")
             verdict = judge(record)
             result.violations += verdict.violations
             result.counts = verdict.counts
@@ -189,7 +190,7 @@ def _keep(logs: Path, target: Path, result: Round) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in logs.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
-    disturbances = [vars(one) | {"allows": sorted(one.allows)} for one in result.disturbances]
+    disturbances = [one.as_plain() for one in result.disturbances]
     (target / "round.json").write_text(json.dumps(vars(result) | {"disturbances": disturbances}, indent=1))
     result.evidence = str(target)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.chaos.doctored import EXPLAINED, WRONG, Doctor
-from tests.chaos.judge import judge
-from tests.chaos.right_log import right
+from tests.chaos.judge import judge, main
+from tests.chaos.record import Record
+from tests.chaos.right_log import LOST, right
 
 
 def test_a_run_that_was_right_is_found_right() -> None:
@@ -29,3 +32,12 @@ def test_what_a_fault_explains_is_no_violation(doctor: Doctor) -> None:
     record = right()
     doctor(record)
     assert judge(record).violations == []
+
+
+def test_what_was_kept_is_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = right()
+    record.disturbances, record.killed, record.live = [LOST], {"looker-0-0"}, {7}
+    record.keep(tmp_path)
+    assert vars(Record.kept(tmp_path)) == vars(record) | {"lives": {}}
+    assert main([str(tmp_path)]) == 1
+    assert "sample 7 is there, which nobody put" in capsys.readouterr().out
