@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from collections.abc import Iterator
@@ -106,3 +107,20 @@ def test_42_under_a_lease_what_was_left_comes_again(conf: Any, partition: str) -
         left.close()
         seen += rows(loader)
     assert sorted(seen) == list(range(12))
+
+
+def test_42_where_there_is_no_such_memory_batches_come_all_the_same(
+    conf: Any, partition: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(partition, *range(8))
+
+    def refuse(descriptor: int, size: int) -> None:
+        raise OSError(errno.EFBIG, "file too large")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with closing(StreamingDataLoader(dataset(conf, partition, 4, 2, keep_batches=False), num_workers=1)) as loader:
+        iterator = iter(loader)
+        first = rows([next(iterator)])
+        monkeypatch.undo()
+        assert first + rows(iterator) == list(range(8))
+    assert "slower way" in caplog.text and opened() == 0

@@ -14,8 +14,10 @@ frees no slots; it must not read pieces that its parent has given up.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
+import logging
 import math
 import mmap
 import os
@@ -27,6 +29,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
+
+log = logging.getLogger("transfer_queue")
 
 SLOT_BYTES = 64 << 20  # of addresses: a slot has the memory that its largest piece took
 
@@ -44,7 +48,21 @@ class Handover:
     """
 
     def __init__(self, workers: int, prefetched: int) -> None:
-        self._shelves = [_Shelf(prefetched + _SPARE_SLOTS) for _ in range(workers)]
+        slots = min(prefetched + _SPARE_SLOTS, _HEAD_BYTES)
+        self._shelves: list[_Shelf] = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._shelves += (_Shelf(slots) for _ in range(workers))
+            undo.pop_all()
+
+    @classmethod
+    def if_possible(cls, workers: int, prefetched: int) -> Handover | None:
+        """None, with a warning, where the system gives no such memory: pieces then go the way of `multiprocessing`."""
+        try:
+            return cls(workers, prefetched)
+        except OSError as error:
+            log.warning("workers hand over their batches the slower way, through new memory for each: %s", error)
+            return None
 
     def __call__(self, piece: Any) -> Any:
         """Called in a worker: what it sends for this piece, which arrives as an equal one."""
@@ -68,8 +86,12 @@ class _Shelf:
         self._token = next(_tokens)
         self._slots = slots
         self._file: int | None = os.memfd_create("transfer_queue loader")
-        os.ftruncate(self._file, _HEAD_BYTES + slots * SLOT_BYTES)
-        self._memory = mmap.mmap(self._file, 0)
+        try:
+            os.ftruncate(self._file, _HEAD_BYTES + slots * SLOT_BYTES)
+            self._memory = mmap.mmap(self._file, 0)
+        except OSError:
+            self.close()
+            raise
         _shelves[self._token] = self
 
     def __getstate__(self) -> dict[str, Any]:

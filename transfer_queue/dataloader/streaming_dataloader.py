@@ -84,7 +84,10 @@ class StreamingDataLoader(DataLoader[Any]):
     def _iterator_of_workers(self) -> Iterator[StreamedBatch]:
         if self._iterator is not None:  # workers that persist have their handover, and so has their iterator
             return super().__iter__()
-        handover = self.collate_fn = Handover(self.num_workers, self.prefetch_factor or 0)
+        handover = Handover.if_possible(self.num_workers, self.prefetch_factor or 0)
+        if handover is None:
+            return super().__iter__()
+        self.collate_fn = handover
         try:
             return super().__iter__()  # it keeps the handover
         finally:
