@@ -24,7 +24,10 @@ _AGREEMENT_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_N
 _MOST_FAILED = 3  # one may come from a server that was stopped just then
 _ENCRYPTED = "the server encrypts (security.encrypt): connect with the `curve_key` of its endpoint information"
 _NOT_ENCRYPTED = "the server does not encrypt, though its endpoint information has a `curve_key`: take the present one"
-_WRONG_KEY = "the server does not have the key of the endpoint information: take address, token and key from one source"
+_WRONG_KEY = (  # it hangs up, and may do so before it has said that it does not encrypt
+    "the server does not have the key of the endpoint information, or does not encrypt: take address, token and key "
+    "from one source"
+)
 
 
 class Line(Protocol):
