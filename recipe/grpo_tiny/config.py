@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipe import command_line
 from transfer_queue.errors import nearest
 
 DP_SIZE = 2
@@ -74,16 +75,11 @@ class Settings:
 def parse(argv: Sequence[str] | None) -> Settings:
     """Read a command line and make the output folder; a bad one exits with status 2 and says why."""
     parser = _parser()
-    arguments = vars(parser.parse_args(argv))
-    settings = Settings(**({"steps": SMOKE_STEPS} if arguments["smoke"] else {}) | arguments)
-    problem = settings.problem()
-    if problem is None:
-        try:
-            settings.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"--out {settings.out}: {error.strerror}"
-    if problem is not None:
-        parser.error(problem)
+    settings = command_line.read(parser, Settings, argv, SMOKE_STEPS)
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {settings.out}: {error.strerror}")
     return settings
 
 

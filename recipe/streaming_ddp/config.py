@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from recipe import command_line
+
 NUM_RANKS = 2
 PARTITION, TASK = "stream", "train"
 FIELDS = ["row_id", "x", "y"]
@@ -41,12 +43,7 @@ class Settings:
 
 def parse(argv: Sequence[str] | None) -> Settings:
     """Read a command line; a bad one exits with status 2 and says why."""
-    parser = _parser()
-    settings = Settings(**vars(parser.parse_args(argv)))
-    problem = settings.problem()
-    if problem is not None:
-        parser.error(problem)
-    return settings
+    return command_line.read(_parser(), Settings, argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from recipe import command_line
 from recipe.grpo_tiny.config import TREND_STEPS
 
 NUM_ACTORS = 2  # data-parallel ranks
@@ -68,13 +69,7 @@ class Settings:
 
 def parse(argv: Sequence[str] | None) -> Settings:
     """Read a command line; a bad one exits with status 2 and says why."""
-    parser = _parser()
-    arguments = vars(parser.parse_args(argv))
-    settings = Settings(**({"steps": SMOKE_STEPS} if arguments["smoke"] else {}) | arguments)
-    problem = settings.problem()
-    if problem is not None:
-        parser.error(problem)
-    return settings
+    return command_line.read(_parser(), Settings, argv, SMOKE_STEPS)
 
 
 def _parser() -> argparse.ArgumentParser:
