@@ -56,12 +56,13 @@ def test_42_the_memory_of_workers_ends_with_their_iteration(conf: Any, partition
 
 def test_42_workers_that_cannot_start_leave_no_descriptor(conf: Any, partition: str) -> None:
     stream = dataset(conf, partition, process_batch_fn=lambda data, meta, micro_batch_size: [(data, meta)])
+    before = opened()
     with closing(StreamingDataLoader(stream, num_workers=1, multiprocessing_context="spawn")) as loader:
         for _ in range(3):
             with pytest.raises(Exception, match="pickle"):
                 next(iter(loader))
     gc.collect()
-    assert opened() <= 1  # the last exception may still hold what was to be sent
+    assert opened() <= before + 1  # the last exception may still hold what was to be sent
 
 
 @pytest.mark.parametrize("lease", [None, 30.0])
@@ -117,10 +118,11 @@ def test_42_where_there_is_no_such_memory_batches_come_all_the_same(
     def refuse(descriptor: int, size: int) -> None:
         raise OSError(errno.EFBIG, "file too large")
 
+    before = opened()
     monkeypatch.setattr(os, "ftruncate", refuse)
     with closing(StreamingDataLoader(dataset(conf, partition, 4, 2, keep_batches=False), num_workers=1)) as loader:
         iterator = iter(loader)
         first = rows([next(iterator)])
         monkeypatch.undo()
         assert first + rows(iterator) == list(range(8))
-    assert "slower way" in caplog.text and opened() == 0
+    assert "slower way" in caplog.text and opened() <= before

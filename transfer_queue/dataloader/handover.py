@@ -85,31 +85,26 @@ class _Shelf:
     def __init__(self, slots: int) -> None:
         self._token = next(_tokens)
         self._slots = slots
-        self._file: int | None = os.memfd_create("transfer_queue loader")
+        self._file = _file_of(os.memfd_create("transfer_queue loader"))
         try:
-            os.ftruncate(self._file, _HEAD_BYTES + slots * SLOT_BYTES)
-            self._memory = mmap.mmap(self._file, 0)
+            os.ftruncate(self._file.fileno(), _HEAD_BYTES + slots * SLOT_BYTES)
+            self._memory = mmap.mmap(self._file.fileno(), 0)
         except OSError:
             self.close()
             raise
         _shelves[self._token] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        assert self._file is not None
-        return {"token": self._token, "slots": self._slots, "file": DupFd(self._file)}
+        return {"token": self._token, "slots": self._slots, "file": DupFd(self._file.fileno())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._token, self._slots = state["token"], state["slots"]
-        self._file = state["file"].detach()
-        assert self._file is not None
-        self._memory = mmap.mmap(self._file, 0)
-        self.close()
+        with _file_of(state["file"].detach()) as self._file:
+            self._memory = mmap.mmap(self._file.fileno(), 0)
 
     def close(self) -> None:
         """Keep the mapping alone. May be called twice."""
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
+        self._file.close()
 
     def packed(self, piece: Any) -> Any:
         """Put the tensors of a piece into a free slot; the piece itself if there is none."""
@@ -136,6 +131,10 @@ class _Shelf:
 
 _tokens = itertools.count()
 _shelves: weakref.WeakValueDictionary[int, _Shelf] = weakref.WeakValueDictionary()  # of this process, by token
+
+
+def _file_of(descriptor: int) -> io.FileIO:
+    return io.FileIO(descriptor, "r+")
 
 
 def _start(slot: int) -> int:
