@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
@@ -28,8 +30,10 @@ _WHERE = ("runtime", "address", "namespace", "attach_timeout_s")
 _PLAIN = (str, int, float, bool, type(None))
 _LEAST_SLACK_BYTES = 16 << 20
 _IN_MEMORY = "rows are in shared memory, see backend.SimpleStorage"
-_UNUSED = {
-    "backend.SimpleStorage.ssd_offload": "rows stay in shared memory, up to backend.SimpleStorage.capacity_bytes",
+_WHOLE_FILES = "with ssd_offload, rows of any size go to files of arena_bytes when shared memory is full"
+_UNUSED = {  # keys, or sections of them, and what holds instead
+    "backend.SimpleStorage.ssd_offload.threshold_bytes": _WHOLE_FILES,
+    "backend.SimpleStorage.ssd_offload.glibc_mmap_threshold_bytes": _WHOLE_FILES,
     **{f"backend.{name}": _IN_MEMORY for name in BACKENDS_ELSEWHERE},
 }
 _FREE = ("backend.Yuanrong.ucx_env_vars",)  # whose keys are names that users choose
@@ -80,6 +84,7 @@ class Settings:
     required_node_resource: str | None
     capacity_bytes: int | None
     arena_bytes: int
+    spill_path: str | None
     journal_enabled: bool
     journal_path: str | None
     limits: Limits
@@ -205,6 +210,7 @@ def settings(conf: DictConfig) -> Settings:
         ),
         capacity_bytes=_capacity(f"backend.{backend}.capacity_bytes", storage.capacity_bytes, limits),
         arena_bytes=_positive(f"backend.{backend}.arena_bytes", storage.arena_bytes, int),
+        spill_path=_spill_path(f"backend.{backend}.ssd_offload", storage.ssd_offload),
         journal_enabled=_flag("journal.enabled", conf.journal.enabled),
         journal_path=_text_or_none("journal.path", conf.journal.path, "path"),
         limits=limits,
@@ -230,6 +236,14 @@ def _capacity(name: str, value: Any, limits: Limits) -> int | None:
     if value is not None or limits.total_bytes is None:
         return _optional(name, value)
     return limits.total_bytes + max(limits.total_bytes // 10, _LEAST_SLACK_BYTES)
+
+
+def _spill_path(name: str, conf: Any) -> str | None:
+    """Where rows go that find no shared memory; None: nowhere."""
+    if not isinstance(conf, Mapping):
+        raise InvalidArgument(f"{name} must be a section of keys, not {conf!r}")
+    path = _text_or_none(f"{name}.path", conf["path"], "path")
+    return os.path.abspath(path or tempfile.gettempdir()) if _flag(f"{name}.enabled", conf["enabled"]) else None
 
 
 def _limits(conf: Any, total_rows: int | None) -> Limits:
@@ -291,12 +305,9 @@ def _warn_unknown(defaults: Mapping[str, Any], given: Mapping[str, Any], path: s
 
 
 def _warn_unused(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for section, instead in _UNUSED.items():
-        usual, asked = defaults, given
-        for key in section.split("."):
-            below = asked.get(key)
-            usual, asked = usual[key], below if isinstance(below, Mapping) else {}
-        told = [key for key in _changed(usual, asked, f"{section}.") if _first_time(key)]
+    changed = list(_changed(defaults, given, ""))
+    for unused, instead in _UNUSED.items():
+        told = [key for key in changed if f"{key}.".startswith(f"{unused}.") and _first_time(key)]
         if told:
             log.warning("configuration keys without effect in this library: %s; %s", ", ".join(told), instead)
 

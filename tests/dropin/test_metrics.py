@@ -125,7 +125,7 @@ def test_44_nothing_of_it_is_imported_when_metrics_are_off() -> None:
     code = (
         "import sys\n"
         "from transfer_queue.ledger import Ledger\n"
-        "from transfer_queue.runtime.servers import ControllerServer\n"
+        "from transfer_queue.runtime.controller_server import ControllerServer\n"
         "ControllerServer(Ledger(), host='127.0.0.1').close()\n"
         "assert not {'prometheus_client', 'http.server', 'transfer_queue.metrics'} & set(sys.modules)\n"
     )

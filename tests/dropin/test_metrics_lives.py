@@ -23,8 +23,8 @@ from tests.integration.starting import wait_until
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import ListPartitions, Names
 from transfer_queue.metrics import FAMILIES
+from transfer_queue.runtime.controller_server import ControllerServer
 from transfer_queue.runtime.endpoint import EndpointFile
-from transfer_queue.runtime.servers import ControllerServer
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from importlib import resources
 from typing import Any
 
@@ -27,10 +29,9 @@ HONOURED: dict[str, tuple[Any, str]] = {  # by path: a value, and the setting th
     "strict": (True, "strict"),
     "allow_pickle": (True, "allow_pickle"),
 }
+TOGETHER = {f"backend.SimpleStorage.ssd_offload.{name}" for name in ("enabled", "path")}
 FILLED_BY_INIT = {"metrics.endpoint", "controller.zmq_info", "backend.SimpleStorage.zmq_info"}
 NO_EFFECT: dict[str, Any] = {
-    "backend.SimpleStorage.ssd_offload.enabled": True,
-    "backend.SimpleStorage.ssd_offload.path": "/tmp/spill",
     "backend.SimpleStorage.ssd_offload.threshold_bytes": 1,
     "backend.SimpleStorage.ssd_offload.glibc_mmap_threshold_bytes": 1,
     "backend.MooncakeStore.auto_init": False,
@@ -96,6 +97,28 @@ def test_02_a_key_that_is_honoured(path: str, caplog: Log) -> None:
     assert found == value and caplog.messages == []
 
 
+@pytest.mark.parametrize(
+    ("section", "path"),
+    [
+        ({}, None),
+        ({"path": "/tmp/spill"}, None),
+        ({"enabled": True}, tempfile.gettempdir()),
+        ({"enabled": True, "path": "/tmp/spill"}, "/tmp/spill"),
+        ({"enabled": True, "path": "spill"}, os.path.abspath("spill")),
+    ],
+)
+def test_02_rows_go_to_disk_where_that_is_enabled(section: dict[str, Any], path: str | None, caplog: Log) -> None:
+    """Other processes may have other working directories."""
+    merged = config.merged(conf_of("backend.SimpleStorage.ssd_offload", section))
+    assert config.settings(merged).spill_path == path and caplog.messages == []
+
+
+@pytest.mark.parametrize(("section", "key"), [(True, ""), ({"enabled": "yes"}, ".enabled"), ({"path": 1}, ".path")])
+def test_02_what_is_no_such_section_is_refused_with_its_key(section: Any, key: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"backend.SimpleStorage.ssd_offload{key} must be"):
+        config.settings(config.merged(conf_of("backend.SimpleStorage.ssd_offload", section)))
+
+
 @pytest.mark.parametrize("path", NO_EFFECT)
 def test_02_a_key_without_effect_is_told_once_with_what_holds_instead(path: str, caplog: Log) -> None:
     """Nothing is said where it has its default; its value is kept."""
@@ -117,7 +140,7 @@ def test_02_the_tables_name_every_key_of_the_storage_sections() -> None:
     assert isinstance(defaults, dict)
     ours = {"backend.storage_backend", "backend.RayStore"}
     ours |= {f"backend.SimpleStorage.{name}" for name in ("capacity_bytes", "arena_bytes")}
-    listed = {*HONOURED, *FILLED_BY_INIT, *NO_EFFECT, *ours}
+    listed = {*HONOURED, *TOGETHER, *FILLED_BY_INIT, *NO_EFFECT, *ours}
     assert {path for path in leaves(defaults) if path.startswith(("backend.", "metrics."))} == {
         path for path in listed if path.startswith(("backend.", "metrics."))
     }

@@ -11,7 +11,8 @@ from typing import Any
 
 from transfer_queue.ledger import Ledger
 from transfer_queue.metadata import ZMQServerInfo
-from transfer_queue.runtime.servers import ControllerServer, UnitServer
+from transfer_queue.runtime.controller_server import ControllerServer
+from transfer_queue.runtime.unit_server import UnitServer
 from transfer_queue.wire.descriptors import raise_descriptor_limit
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from transfer_queue.client.client import TransferQueueClient
 from transfer_queue.errors import NotAuthorized
 from transfer_queue.ledger import Ledger
 from transfer_queue.metadata import ZMQServerInfo
-from transfer_queue.runtime.servers import ControllerServer, UnitServer
+from transfer_queue.runtime.controller_server import ControllerServer
+from transfer_queue.runtime.unit_server import UnitServer
 from transfer_queue.wire import link
 
 

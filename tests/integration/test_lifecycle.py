@@ -18,8 +18,10 @@ from tests.integration.starting import TIMEOUT_S, folders, impatient, line_of, p
 from transfer_queue.client.client import TransferQueueClient
 from transfer_queue.errors import ConnectionLost, DeadlineExceeded, NotAuthorized, TransferQueueError
 from transfer_queue.ledger import Ledger
+from transfer_queue.runtime.controller_server import ControllerServer
 from transfer_queue.runtime.endpoint import EndpointFile
-from transfer_queue.runtime.servers import ControllerServer, UnitServer, _Endpoint
+from transfer_queue.runtime.inherited import Inherited
+from transfer_queue.runtime.unit_server import UnitServer
 
 SMALL = {"backend": {"SimpleStorage": {"capacity_bytes": 1 << 20, "arena_bytes": 1 << 16}}}
 STAGES = {
@@ -232,7 +234,7 @@ def test_the_folder_of_the_journal_is_private(tmp_path: Path) -> None:
 
 def test_what_a_server_takes_over_does_not_show_its_token() -> None:
     """In a traceback or a log."""
-    shown = repr(_Endpoint(7, b"secret", "s", None))
+    shown = repr(Inherited(7, b"secret", "s", None))
     assert "secret" not in shown and "session s, port 7" in shown
 
 
@@ -253,7 +255,7 @@ def test_other_protocol_versions_do_not_take_over(monkeypatch: pytest.MonkeyPatc
     code = """
         import os, sys
         from transfer_queue.ledger import Ledger
-        from transfer_queue.runtime.servers import ControllerServer
+        from transfer_queue.runtime.controller_server import ControllerServer
         from transfer_queue.wire.holders import identify
         supervisor = identify(int(sys.argv[1]))
         ControllerServer(Ledger(), host="127.0.0.1", key=sys.argv[2], supervisor=supervisor, journal=True)
@@ -261,7 +263,7 @@ def test_other_protocol_versions_do_not_take_over(monkeypatch: pytest.MonkeyPatc
         """
     with program(code, str(os.getpid()), key) as process:
         assert process.wait(TIMEOUT_S) == -9
-    monkeypatch.setattr("transfer_queue.runtime.servers.PROTOCOL_VERSION", 999)
+    monkeypatch.setattr("transfer_queue.runtime.inherited.PROTOCOL_VERSION", 999)
     folder = folder_path("controller", key)
     with pytest.raises(TransferQueueError, match=r"was left by protocol version \d+, this is 999"):
         ControllerServer(Ledger(), host="127.0.0.1", key=key, supervisor=process_id(), journal=True)

@@ -17,7 +17,7 @@ import transfer_queue as tq
 from tests.integration.starting import TIMEOUT_S, line_of, program
 from transfer_queue.errors import ConnectionLost, NotAuthorized, NotInitialized, UnknownName
 from transfer_queue.metadata import ZMQServerInfo
-from transfer_queue.runtime.servers import UnitServer
+from transfer_queue.runtime.unit_server import UnitServer
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_importing_loads_nothing_heavy_and_starts_nothing() -> None:
         import sys, threading
         import transfer_queue
         assert not {"ray", "torch", "tensordict", "zmq"} & set(sys.modules), sys.modules.keys()
-        import transfer_queue.runtime.servers
+        import transfer_queue.runtime.controller_server, transfer_queue.runtime.unit_server
         assert not {"ray", "torch", "tensordict"} & set(sys.modules)
         assert threading.active_count() == 1
         """

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,3 +170,19 @@ def _is_gone(cluster: Any) -> bool:
     except ValueError:
         return True
     return False
+
+
+def test_02_rows_go_to_the_disk_of_the_node(cluster: Any, tmp_path: Path) -> None:
+    """Where `ssd_offload` says; a unit that is killed has them again, and nothing is left."""
+    storage = {"capacity_bytes": 4 << 20, "arena_bytes": 1 << 20, "num_data_storage_units": 1}
+    storage["ssd_offload"] = {"enabled": True, "path": str(tmp_path)}
+    x = torch.arange(1 << 20).view(8, -1)
+    keys = [str(number) for number in range(8)]
+    conf = tq.init({"runtime": "ray", "backend": {"SimpleStorage": storage}})
+    tq.kv_batch_put(keys, "p", fields=TensorDict({"x": x}, batch_size=[8]))
+    assert list(tmp_path.glob("*/spilled-*"))
+    [unit] = conf.backend.SimpleStorage.zmq_info.values()
+    os.kill(json.loads(Path(unit.folder, "owner").read_text())["pid"], signal.SIGKILL)
+    assert torch.equal(tq.kv_batch_get(keys, "p")["x"], x)
+    tq.close()
+    assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from transfer_queue import (
     TransferQueueController,
 )
 from transfer_queue.errors import GetMetaTimeout, SamplerError
-from transfer_queue.runtime.servers import UnitServer
+from transfer_queue.runtime.unit_server import UnitServer
 from transfer_queue.samplers import BaseSampler
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from transfer_queue.errors import CapacityExceeded, InvalidArgument
 from transfer_queue.messages import ProcessId
-from transfer_queue.storage.arena import Arena, Arenas
+from transfer_queue.storage.arena import Arena, Arenas, Planned
 from transfer_queue.wire.folder import ServerFolder, remove_abandoned, same_host
 from transfer_queue.wire.holders import is_alive, process_id
 
@@ -146,9 +146,10 @@ def test_full_memory_is_an_error_with_both_sizes() -> None:
 def grow(arenas: Arenas, size_bytes: int) -> int | None:
     """Grow as a unit does; return the size of the new arena."""
     planned = arenas.plan_growth(size_bytes)
-    if planned is not None:
-        arenas.add(arenas.create(planned))
-    return planned
+    if planned is None:
+        return None
+    arenas.add(arenas.create(planned))
+    return planned.size_bytes
 
 
 def test_arenas_grow_up_to_their_capacity(tmp_path: Path) -> None:
@@ -158,9 +159,9 @@ def test_arenas_grow_up_to_their_capacity(tmp_path: Path) -> None:
     assert arenas.allocate(2 * MIB, 64) is not None
     assert grow(arenas, 3 * MIB + 1) == 3 * MIB + 4096
     assert arenas.allocate(3 * MIB, 64) is not None
-    assert arenas.plan_growth(4 * MIB) == 4 * MIB
+    assert arenas.plan_growth(4 * MIB) == Planned(4 * MIB, on_disk=False)
     assert arenas.plan_growth(MIB) is None
-    assert arenas.plan_growth(100) == MIB - 4096
+    assert arenas.plan_growth(100) == Planned(MIB - 4096, on_disk=False)
     assert arenas.plan_growth(1) is None
     assert arenas.total_bytes + arenas.growing_bytes == 10 * MIB
     arenas.close()

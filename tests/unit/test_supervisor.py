@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transfer_queue.ledger import Ledger
-from transfer_queue.runtime.servers import ControllerServer
+from transfer_queue.runtime.controller_server import ControllerServer
 from transfer_queue.runtime.supervisor import PATIENCE_S, RETURN_S, START_TIMEOUT_S, Restarts, Starts
 
 

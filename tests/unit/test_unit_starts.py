@@ -18,7 +18,7 @@ from transfer_queue.messages import Pin
 from transfer_queue.storage.unit import UnitService
 from transfer_queue.wire.holders import process_id
 
-STAGES = ["Arenas", "rebuild", "Growth", "UnitService._make_first_arena"]
+STAGES = ["Arenas", "rebuild", "Growth", "Arenas.check_first"]
 
 
 @pytest.mark.parametrize(("stage", "returning"), [*((stage, False) for stage in STAGES), ("rebuild", True)])

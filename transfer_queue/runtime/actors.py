@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,8 +20,9 @@ from transfer_queue.ledger import Ledger
 from transfer_queue.messages import Clear, Done, GetExplanation, Locate, ProcessId, Report, UnitInfo
 from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.metadata.snapshot import PartitionSnapshot
+from transfer_queue.runtime.controller_server import ControllerServer
 from transfer_queue.runtime.lobby import UnitLobby
-from transfer_queue.runtime.servers import ControllerServer, UnitServer
+from transfer_queue.runtime.unit_server import UnitServer
 from transfer_queue.samplers.registry import SamplerLike
 from transfer_queue.wire.descriptors import raise_descriptor_limit
 from transfer_queue.wire.folder import remove_left, waiting_for_successors
@@ -201,6 +203,7 @@ class StorageUnitActor:
     storage_unit_size  rows that the unit is expected to hold; bytes are what bounds it, so it is not looked at
     capacity_bytes   of all its shared memory; `None`: half of what /dev/shm has free now
     arena_bytes      size of one shared-memory file
+    spill_path       folder on the node's disk for what finds no shared memory; `None`: such puts wait
     journal          keep what is needed to go on with the shared memory after a kill
     starter          as for the controller
     logging_level    as for the controller
@@ -213,6 +216,7 @@ class StorageUnitActor:
         *,
         capacity_bytes: int | None = None,
         arena_bytes: int = 64 << 20,
+        spill_path: str | None = None,
         unit_id: str | None = None,
         transport: str = "auto",
         journal: bool = True,
@@ -220,7 +224,7 @@ class StorageUnitActor:
         logging_level: int | None = None,
     ) -> None:
         set_logging_level(logging_level)
-        _remove_finished()
+        _remove_finished(spill_path)
         actor_id = str(ray.get_runtime_context().get_actor_id())
         raise_descriptor_limit()
         self._server: UnitServer | None = None
@@ -236,6 +240,7 @@ class StorageUnitActor:
                 host=host,
                 capacity_bytes=capacity_bytes,
                 arena_bytes=arena_bytes,
+                spill_path=spill_path,
                 transport=transport,
                 journal=journal,
             )
@@ -326,19 +331,21 @@ def _supervisor(starter: ProcessId | None) -> ProcessId | None:
     return identify(os.getppid())
 
 
-def _remove_finished() -> None:
+def _remove_finished(spill_path: str | None = None) -> None:
     """Remove what actors left that Ray will not start again: killed for good, or gone with a job that was.
 
-    While the raylet lives, their folders tell nothing of that, and their shared memory would stay taken.
+    While the raylet lives, their folders tell nothing of that, and their memory, and disk, would stay taken.
     """
     waiting = waiting_for_successors()
+    if spill_path is not None:
+        waiting += waiting_for_successors(Path(spill_path))
     if not waiting:
         return
     try:  # the public `ray.util.state` needs a dashboard, which few install
         from ray._private.state import actors
     except ImportError:
         return
-    for key, path in waiting.items():
+    for key, path in waiting:
         known = actors(key.removeprefix(_KEY)) if key.startswith(_KEY) else None
         if known and known["State"] == "DEAD":
             remove_left(path, 0.0)

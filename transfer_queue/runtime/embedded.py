@@ -11,8 +11,9 @@ from transfer_queue.client.client import SocketConnector
 from transfer_queue.config import Settings
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import UnitInfo
+from transfer_queue.runtime.controller_server import ControllerServer
 from transfer_queue.runtime.endpoint import ENDPOINT_FILE, EndpointFile
-from transfer_queue.runtime.servers import ControllerServer, UnitServer
+from transfer_queue.runtime.unit_server import UnitServer
 from transfer_queue.wire.peer import AnyPeer
 
 
@@ -41,6 +42,7 @@ class EmbeddedRuntime:
                         host=settings.host,
                         capacity_bytes=settings.capacity_bytes,
                         arena_bytes=settings.arena_bytes,
+                        spill_path=settings.spill_path,
                     )
                 )
             file = EndpointFile(Path(self.info.folder) / ENDPOINT_FILE)

@@ -23,7 +23,8 @@ from transfer_queue.errors import to_wire
 from transfer_queue.ledger import Ledger
 from transfer_queue.messages import ProcessId
 from transfer_queue.metadata import ZMQServerInfo
-from transfer_queue.runtime.servers import ControllerServer, UnitServer
+from transfer_queue.runtime.controller_server import ControllerServer
+from transfer_queue.runtime.unit_server import UnitServer
 from transfer_queue.samplers.description import make
 from transfer_queue.samplers.registry import SamplerLike
 from transfer_queue.wire.bell import Bell

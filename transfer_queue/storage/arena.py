@@ -4,6 +4,9 @@ A file is reserved when it is created, so that full memory is an error there and
 pages are filled in before it is offered, because first touch of a page is many times slower than the copy into it;
 they are huge pages where the kernel has some.
 It never changes its size. Space is reused warm; a file goes away only when it is empty and a larger one needs room.
+
+Where a folder on disk is given, files there take what shared memory has no room for. They are mapped like the others,
+so that nobody who reads or writes them knows the difference; what is kept in memory of them is the kernel's choice.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import errno
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from transfer_queue.errors import CapacityExceeded
@@ -24,27 +28,28 @@ DEFAULT_ARENA_BYTES = 64 << 20
 
 _FILL_BYTES = 1 << 20
 _PREFIX = "arena-"
+_DISK_PREFIX = "spilled-"
 
 
 class Arena:
     """One file, mapped. `memory` is all of it; views of it outlive `close`."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
-        """Create the file; raises `CapacityExceeded` if there is no memory for it."""
+        """Create the file; raises `CapacityExceeded` if there is no space for it."""
         assert size_bytes > 0 and size_bytes % PAGE_BYTES == 0, size_bytes
         self._describe(path, size_bytes)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(descriptor, size_bytes)
             self.memory = map_file(descriptor, size_bytes)
-            if size_bytes <= free_bytes(path.parent):
+            if not self.on_disk and size_bytes <= free_bytes(path.parent):
                 self._huge_bytes = make_huge(descriptor, self.memory)
             os.posix_fallocate(descriptor, 0, size_bytes)
         except OSError as error:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
                 raise
-            raise no_memory(path.parent, size_bytes) from error
+            raise (_no_disk if self.on_disk else _no_memory)(path.parent, size_bytes) from error
         finally:
             os.close(descriptor)
 
@@ -68,6 +73,7 @@ class Arena:
     def _describe(self, path: Path, size_bytes: int) -> None:
         self.path = str(path)
         self.name = path.name
+        self.on_disk = is_on_disk(path.name)
         self.size_bytes = size_bytes
         self.extents = Extents(size_bytes)
         self._huge_bytes = 0  # from the start: huge pages, filled already
@@ -75,8 +81,14 @@ class Arena:
     def __repr__(self) -> str:
         return f"<Arena {self.path}: {self.extents.free_total} of {self.size_bytes} bytes free>"
 
+    @property
+    def is_empty(self) -> bool:
+        return self.extents.free_total == self.size_bytes
+
     def fill(self) -> None:
-        """Touch every page. Overwrites: only before the arena is used. Runs without the interpreter lock."""
+        """Touch every page of memory. Overwrites: only before the arena is used. Runs without the interpreter lock."""
+        if self.on_disk:
+            return
         zeros = bytes(_FILL_BYTES)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -90,19 +102,36 @@ class Arena:
         Path(self.path).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An arena to be made."""
+
+    size_bytes: int
+    on_disk: bool
+
+
 class Arenas:
-    """The arenas of a unit: at most `capacity_bytes` in all. Not thread-safe, except `create`.
+    """The arenas of a unit: at most `capacity_bytes` in memory, the others on disk. Not thread-safe, except `create`.
 
     Each life of a unit gives its files names of its own: who mapped a file knows it by its name.
+
+    spill_folder   where files on disk go; None: there are none
     """
 
-    def __init__(self, folder: Path, capacity_bytes: int, arena_bytes: int = DEFAULT_ARENA_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        capacity_bytes: int,
+        arena_bytes: int = DEFAULT_ARENA_BYTES,
+        spill_folder: Path | None = None,
+    ) -> None:
         self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
         self.arena_bytes = min(round_to_pages(arena_bytes), self.capacity_bytes)
-        self.members: list[Arena] = []
-        self.growing_bytes = 0  # sizes given out by `plan_growth` that did not become arenas yet
+        self.members: list[Arena] = []  # those in memory first
+        self.growing_bytes = 0  # of memory: sizes given out by `plan_growth` that did not become arenas yet
         self.facts: list[Fact] = []  # which members came and went, for who keeps account of them
         self._folder = folder
+        self._spill_folder = spill_folder
         self._life = secrets.token_hex(4)
         self._created = 0
 
@@ -117,6 +146,25 @@ class Arenas:
     def free_bytes(self) -> int:
         return sum(arena.extents.free_total for arena in self.members)
 
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(arena.size_bytes for arena in self.members if arena.on_disk)
+
+    @property
+    def room_bytes(self) -> int:
+        """How much more memory arenas may take, without those that are growing."""
+        room = self.capacity_bytes - self.growing_bytes - (self.total_bytes - self.bytes_on_disk)
+        return room if self._spill_folder is None else min(room, free_bytes(self._folder))
+
+    def check_first(self) -> None:
+        """Raise `CapacityExceeded` if there is no space for the first arena."""
+        if self._spill_folder is None and self.arena_bytes > free_bytes(self._folder):
+            raise _no_memory(self._folder, self.arena_bytes)
+
+    def could_hold(self, size_bytes: int) -> bool:
+        """Whether one arena could have so much in one piece, if it were empty."""
+        return size_bytes <= self.capacity_bytes or self._spill_folder is not None
+
     def allocate(self, size_bytes: int, alignment: int) -> tuple[Arena, int] | None:
         """Return an arena and an offset in it, or None if no arena has so much in one piece."""
         for arena in self.members:
@@ -125,35 +173,35 @@ class Arenas:
                 return arena, offset
         return None
 
-    def plan_growth(self, size_bytes: int) -> int | None:
-        """Return the size for a new arena that `size_bytes` fit in, now counted as growing; None if there is no room.
+    def plan_growth(self, size_bytes: int) -> Planned | None:
+        """Return a new arena that `size_bytes` fit in, now counted as growing; None if there is no room.
 
         Empty arenas make room for it, if that helps.
         """
         needed = round_to_pages(size_bytes)
-        room = self.capacity_bytes - self.total_bytes - self.growing_bytes
-        empty = [arena for arena in self.members if arena.extents.free_total == arena.size_bytes]
+        room = self.room_bytes
+        empty = [arena for arena in self.members if arena.is_empty and not arena.on_disk]
         if needed > room + sum(arena.size_bytes for arena in empty):
-            return None
+            return self._plan_on_disk(needed)
         while needed > room:
             arena = empty.pop()
-            self.members.remove(arena)
-            self.facts.append((Kind.ARENA_GONE, arena.name))
-            arena.close()
+            self._drop(arena)
             room += arena.size_bytes
         planned = min(max(needed, self.arena_bytes), room)
         self.growing_bytes += planned
-        return planned
+        return Planned(planned, on_disk=False)
 
-    def create(self, size_bytes: int) -> Arena:
+    def create(self, planned: Planned) -> Arena:
         """Make the file for a planned arena; from any thread, one at a time. Raises as `Arena`."""
         self._created += 1
-        return Arena(self._folder / f"{_PREFIX}{self._life}-{self._created}", size_bytes)
+        prefix = _DISK_PREFIX if planned.on_disk else _PREFIX
+        return Arena(self._path_of(f"{prefix}{self._life}-{self._created}"), planned.size_bytes)
 
     def add(self, arena: Arena) -> None:
         """Offer an arena that was planned, created and filled."""
-        self.growing_bytes -= arena.size_bytes
+        self.give_up(Planned(arena.size_bytes, arena.on_disk))
         self.members.append(arena)
+        self.members.sort(key=lambda member: member.on_disk)
         self.facts.append((Kind.ARENA, arena.name, arena.size_bytes))
 
     def reopen(self, known: Mapping[str, int]) -> dict[str, str]:
@@ -164,23 +212,60 @@ class Arenas:
         missing = {}
         for name, size_bytes in known.items():
             try:
-                self.members.append(Arena.reopen(self._folder / name, size_bytes))
+                self.members.append(Arena.reopen(self._path_of(name), size_bytes))
             except OSError as error:
                 missing[name] = str(error)
-        kept = {arena.name for arena in self.members}
-        for path in self._folder.glob(f"{_PREFIX}*"):
-            if path.name not in kept:
+        self.members.sort(key=lambda member: member.on_disk)
+        kept = {arena.path for arena in self.members}
+        left = list(self._folder.glob(f"{_PREFIX}*"))
+        if self._spill_folder is not None:
+            left += self._spill_folder.glob(f"{_DISK_PREFIX}*")
+        for path in left:
+            if str(path) not in kept:
                 path.unlink()
         return missing
 
-    def give_up(self, size_bytes: int) -> None:
+    def give_up(self, planned: Planned) -> None:
         """A planned arena will not come."""
-        self.growing_bytes -= size_bytes
+        if not planned.on_disk:
+            self.growing_bytes -= planned.size_bytes
 
     def close(self) -> None:
         """Remove the files. May be called twice."""
         while self.members:
             self.members.pop().close()
+
+    def _plan_on_disk(self, needed: int) -> Planned | None:
+        """Files that are empty are too small, or there would be no need for another one: they go."""
+        if self._spill_folder is None:
+            return None
+        for arena in [arena for arena in self.members if arena.is_empty and arena.on_disk]:
+            self._drop(arena)
+        return Planned(max(needed, self.arena_bytes), on_disk=True)
+
+    def _drop(self, arena: Arena) -> None:
+        self.members.remove(arena)
+        self.facts.append((Kind.ARENA_GONE, arena.name))
+        arena.close()
+
+    def _path_of(self, name: str) -> Path:
+        """Raises `FileNotFoundError` for a name on disk if there is no folder for it any more."""
+        if not is_on_disk(name):
+            return self._folder / name
+        if self._spill_folder is None:
+            raise FileNotFoundError(f"it is on disk, and the unit was started without a folder there: {name}")
+        return self._spill_folder / name
+
+
+def is_on_disk(name: str) -> bool:
+    """Whether the arena of this name is a file on disk."""
+    return name.startswith(_DISK_PREFIX)
+
+
+def usual_capacity(folder: Path, known: Mapping[str, int]) -> int:
+    """Return half of what is free in `folder`, with what the arenas take that are known already, by name and size."""
+    taken = sum(size for name, size in known.items() if not is_on_disk(name))
+    return max((free_bytes(folder) + taken) // 2, PAGE_BYTES)
 
 
 def free_bytes(folder: Path) -> int:
@@ -189,12 +274,22 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def no_memory(folder: Path, size_bytes: int) -> CapacityExceeded:
+def _no_memory(folder: Path, size_bytes: int) -> CapacityExceeded:
     """Return the error that the file system of `folder` cannot take so much."""
     free = free_bytes(folder)
     return CapacityExceeded(
         f"no capacity for {size_bytes} more bytes of shared memory: {free} bytes are free in {folder}; "
         "clear samples, lower capacity_bytes, or give the container a larger /dev/shm",
+        needed_bytes=size_bytes,
+        free_bytes=free,
+    )
+
+
+def _no_disk(folder: Path, size_bytes: int) -> CapacityExceeded:
+    free = free_bytes(folder)
+    return CapacityExceeded(
+        f"no capacity for {size_bytes} more bytes on disk: {free} bytes are free in {folder}; clear samples, or have "
+        "backend.SimpleStorage.ssd_offload.path on a larger disk",
         needed_bytes=size_bytes,
         free_bytes=free,
     )

@@ -17,7 +17,7 @@ def figures(space: UnitSpace) -> dict[str, int]:
     """Bytes by what holds them; live + pinned + reserved + overhead + free are all bytes of the arenas.
 
     pinned: cleared, but some reader still looks at it · overhead: rows cleared in runs too short to reuse ·
-    reserved: lent to writers and not carved yet.
+    reserved: lent to writers and not carved yet · on disk: of all arenas, those that are files there.
     """
     live = pinned = overhead = 0
     for block in space.blocks():
@@ -35,6 +35,7 @@ def figures(space: UnitSpace) -> dict[str, int]:
         "bytes_overhead": overhead,
         "bytes_free": space.arenas.free_bytes,
         "bytes_arenas": space.arenas.total_bytes,
+        "bytes_on_disk": space.arenas.bytes_on_disk,
         "bytes_capacity": space.arenas.capacity_bytes,
         "arenas": len(space.arenas.members),
         "blocks": sum(len(span.blocks) for span in space.spans.values()),
@@ -52,7 +53,7 @@ def no_space(space: UnitSpace, request: Reserve, full: CapacityExceeded | None) 
     """Return the error that a span cannot be lent; `full`: why the unit could not grow."""
     stats = figures(space)
     needed, limit, free = aligned(request.size_bytes), stats["bytes_capacity"], stats["bytes_free"]
-    if needed > limit:
+    if not space.arenas.could_hold(needed):
         text = f"a block of {needed} bytes exceeds the capacity of the storage unit, {limit} bytes: put fewer rows"
     else:
         text = (

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from transfer_queue.errors import CapacityExceeded
-from transfer_queue.storage.arena import Arena, Arenas
+from transfer_queue.storage.arena import Arena, Arenas, Planned
 from transfer_queue.storage.beside import Beside
 
 _RETRY_S = 1.0
@@ -38,8 +38,8 @@ class Growth:
     def make_room_if_low(self) -> None:
         """Have the next arena ready before the last one is full."""
         arenas = self._arenas
-        room = arenas.capacity_bytes - arenas.total_bytes - arenas.growing_bytes
-        if arenas.members and arenas.free_bytes < arenas.arena_bytes // 4 and room >= arenas.arena_bytes:
+        low = arenas.members and arenas.free_bytes < arenas.arena_bytes // 4
+        if low and arenas.room_bytes >= arenas.arena_bytes:
             self.make_room(arenas.arena_bytes)
 
     def make_room(self, size_bytes: int) -> None:
@@ -58,26 +58,26 @@ class Growth:
         """Wait for the arena that is being made. May be called twice."""
         self._beside.close()
 
-    def _make(self, size_bytes: int) -> None:
+    def _make(self, planned: Planned) -> None:
         arena = full = None
         try:
-            arena = self._filled(size_bytes)
+            arena = self._filled(planned)
         except (CapacityExceeded, OSError) as error:
-            full = error if isinstance(error, CapacityExceeded) else _not_made(size_bytes, error)
+            full = error if isinstance(error, CapacityExceeded) else _not_made(planned.size_bytes, error)
         finally:
             with self._lock:
                 self._growing = False
                 self.full = full
                 if arena is None:
-                    self._arenas.give_up(size_bytes)
+                    self._arenas.give_up(planned)
                     self._retry_at = self._clock() + _RETRY_S
                 else:
                     self._arenas.add(arena)
         if arena is not None:
             self._grown()
 
-    def _filled(self, size_bytes: int) -> Arena:
-        arena = self._arenas.create(size_bytes)
+    def _filled(self, planned: Planned) -> Arena:
+        arena = self._arenas.create(planned)
         try:
             arena.fill()
         except BaseException:

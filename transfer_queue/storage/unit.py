@@ -52,7 +52,7 @@ from transfer_queue.messages import (
     Unpin,
     Write,
 )
-from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arenas, free_bytes, no_memory
+from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arenas, usual_capacity
 from transfer_queue.storage.beside import Beside
 from transfer_queue.storage.block import aligned
 from transfer_queue.storage.facts import Asked, Fact, Known
@@ -79,7 +79,8 @@ class _Waiting:
 class UnitService:
     """Serves `UnitRequest` and `FreeBlocks`. Thread-safe; may serve before its `number` is known.
 
-    capacity_bytes  of all arenas together; None: half of what the file system of `folder` has free now
+    capacity_bytes  of all arenas in memory together; None: half of what the file system of `folder` has free now
+    spill_folder    where arenas on disk go, when memory is full; None: there are none
     settle          given the blocks of dead writers, returns 0/1 for each: was it committed? None: keep them
     journal         keep facts in `folder`/journal, and go on with what an earlier process left there
     recovered       how many blocks of an earlier process are there; `lost_blocks` says which are not, and why
@@ -91,6 +92,7 @@ class UnitService:
         *,
         capacity_bytes: int | None = None,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
+        spill_folder: Path | None = None,
         settle: Settle | None = None,
         journal: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -112,8 +114,8 @@ class UnitService:
                 self._log, known = FactLog.open(folder)
                 half_made.callback(self._log.close, remove=not known.arenas)
             if capacity_bytes is None:
-                capacity_bytes = max((free_bytes(folder) + sum(known.arenas.values())) // 2, PAGE_BYTES)
-            self._arenas = Arenas(folder, capacity_bytes, arena_bytes)
+                capacity_bytes = usual_capacity(folder, known.arenas)
+            self._arenas = Arenas(folder, capacity_bytes, arena_bytes, spill_folder)
             half_made.callback(self._leave_arenas, keep=bool(known.arenas))
             self._space, self.lost_blocks = rebuild(self._arenas, known)
             self.recovered = sum(len(span.blocks) for span in self._space.spans.values())
@@ -125,7 +127,9 @@ class UnitService:
             with self._lock:
                 self._save()
             if not self._arenas.members:
-                self._make_first_arena(folder)
+                self._arenas.check_first()
+                with self._lock:
+                    self._growth.make_room(1)
             half_made.pop_all()
 
     def __repr__(self) -> str:
@@ -256,13 +260,6 @@ class UnitService:
             self._arenas.members.clear()
         self._arenas.close()
 
-    def _make_first_arena(self, folder: Path) -> None:
-        size = min(self._arenas.arena_bytes, self._arenas.capacity_bytes)
-        if size > free_bytes(folder):
-            raise no_memory(folder, size)
-        with self._lock:
-            self._growth.make_room(1)
-
     # ------------------------------------------------------------ requests
 
     def _handle(self, request: Any, ticket: Ticket) -> Any:
@@ -304,7 +301,7 @@ class UnitService:
             raise InvalidArgument(f"cannot reserve {request.size_bytes} bytes")
         if self._closed:
             raise ConnectionLost("the storage unit is closed")
-        if aligned(request.size_bytes) > self._arenas.capacity_bytes:
+        if not self._arenas.could_hold(aligned(request.size_bytes)):
             raise no_space(self._space, request, self._growth.full)
         asked = self._asked(request, ticket)
         if self.number:

@@ -1,10 +1,10 @@
 """The folder of a server process in shared memory: its owner, its nonce, its sockets, its arenas.
 
-`tq-<uid>-<name>-<random or key>` under /dev/shm, mode 0700. Whoever can read `nonce` is on the same host and the same
-user. A folder with a key can be found again: the server that takes the place of a dead one *adopts* it, with the
-nonce, the sockets and all other files. The folder goes away with `close`, at exit, or, after a kill, when the next
-server of the user starts: then `owner` names a process that is dead, and so is the supervisor that could have started
-it again.
+`tq-<uid>-<name>-<random or key>` under /dev/shm, mode 0700; a unit may have another one on disk. Whoever can read
+`nonce` is on the same host and the same user. A folder with a key can be found again: the server that takes the place
+of a dead one *adopts* it, with the nonce, the sockets and all other files. The folder goes away with `close`, at exit,
+or, after a kill, when the next server of the user starts: then `owner` names a process that is dead, and so is the
+supervisor that could have started it again.
 """
 
 from __future__ import annotations
@@ -192,14 +192,14 @@ def remove_abandoned(root: Path = SHARED_MEMORY, *, spare: Path | None = None) -
     return removed
 
 
-def waiting_for_successors(root: Path = SHARED_MEMORY) -> dict[str, Path]:
-    """Return the folders under `root`, by key, whose owner is dead while its supervisor lives."""
-    found = {}
+def waiting_for_successors(root: Path = SHARED_MEMORY) -> list[tuple[str, Path]]:
+    """Return the folders under `root`, each with its key, whose owner is dead while its supervisor lives."""
+    found = []
     for path in root.glob(f"tq-{os.getuid()}-*"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             owners = json.loads((path / _OWNER).read_text())
             if owners["key"] is not None and not is_alive(from_record(owners)):
-                found[owners["key"]] = path
+                found.append((owners["key"], path))
     return found
 
 
