@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transfer_queue.controller.recording import FORMAT, pack_state, record_parts, recover
+from transfer_queue.controller.recording import FORMAT, pack_state, packed, recover
 from transfer_queue.controller.units import UnitBook
 from transfer_queue.errors import CapacityExceeded
 from transfer_queue.journal import Journal
@@ -54,11 +54,11 @@ from transfer_queue.wire.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
-_GROWING = (Put, Draw, SetTags, RegisterSampler, Admit, Announce)  # refused where space is short
-_UNRECORDED = (
+_GROWING = {Put, Draw, SetTags, RegisterSampler, Admit, Announce}  # refused where space is short
+_UNRECORDED = {
     *(Locate, GetStatus, GetAudit, GetExplanation, GetAdmission, GetKeys, WaitKeys, ListPartitions, ListUnits),
     *(Withdraw, Cut, KeepCut, EndCut, Restore),  # a restored state is written down as a whole
-)
+}
 _RECORD_BYTES = 4096  # of a record beside the request and the rows
 _MARGIN_BYTES = 4 * _RECORD_BYTES  # of the reserve: for what nobody asks for, as leases that end
 _ROW_BYTES = 32  # index and mark of a row that a draw hands out, twice
@@ -123,14 +123,14 @@ class Keeper:
 
         `frames`: as it came, if it did; they are written down as they are.
         """
-        if isinstance(request, _UNRECORDED):
+        if type(request) in _UNRECORDED:
             self._encoded = None
             return
         if frames is None:
             frames = encode_message(request)
         self._encoded = (request, frames)
         size = self._size(request, frames)
-        if isinstance(request, _GROWING) and not (isinstance(request, Announce) and self._units.returns(request)):
+        if type(request) in _GROWING and not (isinstance(request, Announce) and self._units.returns(request)):
             self._journal.check_room(size)
         else:  # what may give room back goes on into the reserve
             self._journal.check_room(size + _MARGIN_BYTES, essential=True)
@@ -176,9 +176,10 @@ class Keeper:
                 asked = (ticket.client_id, ticket.request_id)
             known = self._encoded is not None and self._encoded[0] is record.request
             frames = self._encoded[1] if known and self._encoded else encode_message(record.request)
-            self._unwritten.append(b"".join(record_parts(record, asked, frames)))
+            self._unwritten.append(packed(record, asked, frames))
         self._encoded, self._promised = None, 0
-        self.catch_up()
+        if self._unwritten:
+            self.catch_up()
 
     def catch_up(self) -> None:
         """Write down what could not be written so far.

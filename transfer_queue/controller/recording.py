@@ -8,7 +8,7 @@ by request id.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import msgpack
@@ -31,12 +31,10 @@ FORMAT = 2
 _LENGTHS = struct.Struct("<II")  # of what stands before the request, and of the request's header; its body follows
 
 
-def record_parts(record: Record, asked: tuple[str, int] | None, request: Sequence[Any]) -> Iterator[Any]:
-    """The bytes of a record, in parts. `asked`: client id and request id; `request`: its frames."""
-    recorded = _packed(record, *(asked if asked is not None else ("", 0)))
-    yield _LENGTHS.pack(len(recorded), len(request[0]))
-    yield recorded
-    yield from request
+def packed(record: Record, asked: tuple[str, int] | None, request: Sequence[Any]) -> bytes:
+    """The bytes of a record. `asked`: client id and request id; `request`: its frames."""
+    recorded = _packed_head(record, *(asked if asked is not None else ("", 0)))
+    return b"".join((_LENGTHS.pack(len(recorded), len(request[0])), recorded, *request))
 
 
 def pack_state(state: dict[str, Any]) -> list[bytes]:
@@ -110,7 +108,7 @@ def _replay(data: bytes, ledger: Ledger, units: UnitBook, requests: RequestTable
 
 
 def unpack_record(data: bytes) -> Record:
-    """Return what `record_parts` made; its ticket is a client id and a request id. Raises `DecodeError`."""
+    """Return what `packed` made; its ticket is a client id and a request id. Raises `DecodeError`."""
     try:
         size, header = _LENGTHS.unpack_from(data)
         recorded, rest = data[_LENGTHS.size : _LENGTHS.size + size], data[_LENGTHS.size + size :]
@@ -135,7 +133,7 @@ def unpack_record(data: bytes) -> Record:
         raise DecodeError(f"these {len(data)} bytes are no record: {error}") from error
 
 
-def _packed(record: Record, asked_by: str, request_id: int) -> bytes:
+def _packed_head(record: Record, asked_by: str, request_id: int) -> bytes:
     """What stands before the request. Every change waits for it, so it is no message type of its own."""
     choice = None
     if record.split is not None or record.bounds is not None or record.sampler_state is not None:
@@ -144,8 +142,8 @@ def _packed(record: Record, asked_by: str, request_id: int) -> bytes:
     rows = None if record.rows is None else record.rows.tobytes()
     consumed = None if record.consumed is None else record.consumed.tobytes()
     head = (record.now, record.client, asked_by, request_id, record.partition)
-    packed: bytes = msgpack.packb((*head, rows, consumed, record.check, choice), unicode_errors="surrogatepass")
-    return packed
+    found: bytes = msgpack.packb((*head, rows, consumed, record.check, choice), unicode_errors="surrogatepass")
+    return found
 
 
 def _framed(message: Any) -> list[bytes]:
