@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
@@ -30,6 +29,7 @@ _WHERE = ("runtime", "address", "namespace", "attach_timeout_s")
 _PLAIN = (str, int, float, bool, type(None))
 _LEAST_SLACK_BYTES = 16 << 20
 _IN_MEMORY = "rows are in shared memory, see backend.SimpleStorage"
+_SPILL_PATH = "/var/tmp"  # a disk, where /tmp may be memory
 _WHOLE_FILES = "with ssd_offload, rows of any size go to files of arena_bytes when shared memory is full"
 _UNUSED = {  # keys, or sections of them, and what holds instead
     "backend.SimpleStorage.ssd_offload.threshold_bytes": _WHOLE_FILES,
@@ -85,6 +85,7 @@ class Settings:
     capacity_bytes: int | None
     arena_bytes: int
     spill_path: str | None
+    spill_bytes: int | None
     journal_enabled: bool
     journal_path: str | None
     limits: Limits
@@ -210,7 +211,7 @@ def settings(conf: DictConfig) -> Settings:
         ),
         capacity_bytes=_capacity(f"backend.{backend}.capacity_bytes", storage.capacity_bytes, limits),
         arena_bytes=_positive(f"backend.{backend}.arena_bytes", storage.arena_bytes, int),
-        spill_path=_spill_path(f"backend.{backend}.ssd_offload", storage.ssd_offload),
+        **_spill(f"backend.{backend}.ssd_offload", storage.ssd_offload),
         journal_enabled=_flag("journal.enabled", conf.journal.enabled),
         journal_path=_text_or_none("journal.path", conf.journal.path, "path"),
         limits=limits,
@@ -238,12 +239,16 @@ def _capacity(name: str, value: Any, limits: Limits) -> int | None:
     return limits.total_bytes + max(limits.total_bytes // 10, _LEAST_SLACK_BYTES)
 
 
-def _spill_path(name: str, conf: Any) -> str | None:
-    """Where rows go that find no shared memory; None: nowhere."""
+def _spill(name: str, conf: Any) -> dict[str, Any]:
+    """Where rows go that find no shared memory, and how many bytes of them."""
     if not isinstance(conf, Mapping):
         raise InvalidArgument(f"{name} must be a section of keys, not {conf!r}")
-    path = _text_or_none(f"{name}.path", conf["path"], "path")
-    return os.path.abspath(path or tempfile.gettempdir()) if _flag(f"{name}.enabled", conf["enabled"]) else None
+    path = _text_or_none(f"{name}.path", conf["path"], "path") or _SPILL_PATH
+    enabled = _flag(f"{name}.enabled", conf["enabled"])
+    return {
+        "spill_path": os.path.abspath(path) if enabled else None,
+        "spill_bytes": _optional(f"{name}.capacity_bytes", conf["capacity_bytes"]),
+    }
 
 
 def _limits(conf: Any, total_rows: int | None) -> Limits:

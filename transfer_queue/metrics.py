@@ -116,6 +116,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "tq_storage_capacity_bytes": Family(_GAUGE, "Most shared memory that the unit may take.", _UNIT),
     "tq_storage_disk_bytes": Family(_GAUGE, "Arenas that are on disk, as shared memory was full.", _UNIT),
+    "tq_storage_disk_capacity_bytes": Family(_GAUGE, "Most disk that the unit may take.", _UNIT),
     "tq_storage_arenas": Family(_GAUGE, "Files of shared memory, and on disk.", _UNIT),
     "tq_storage_blocks": Family(_GAUGE, "Blocks, that is puts that have data at the unit.", _UNIT),
     "tq_storage_pins": Family(_GAUGE, "Holds of readers on blocks.", _UNIT),

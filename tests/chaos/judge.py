@@ -91,7 +91,8 @@ def _bytes(record: Record) -> Iterator[str]:
     """The bytes of each unit are accounted for, within its limit; all come back when everything is cleared."""
     for name, found in record.units.items():
         parts = sum(found[f"bytes_{use}"] for use in ("live", "pinned", "reserved", "overhead", "free"))
-        if parts != found["bytes_arenas"] or found["bytes_arenas"] > found["bytes_capacity"]:
+        most = found["bytes_capacity"] + found.get("bytes_disk_capacity", 0)
+        if parts != found["bytes_arenas"] or found["bytes_arenas"] > most:
             yield f"{name}: its bytes do not add up: {found}"
     for name, held in record.held.items():
         if held:

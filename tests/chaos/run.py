@@ -72,7 +72,7 @@ def run_round(
     began = time.monotonic()
     with TemporaryDirectory(prefix="tq-chaos-") as name:
         folder = Path(name)
-        for part in ("control", "logs", "proxy", "journal"):
+        for part in ("control", "logs", "proxy", "journal", "rows"):
             (folder / part).mkdir()
         try:
             record = _in_session(result, folder, chance, faults, seconds, zygote)
@@ -95,7 +95,7 @@ def _in_session(
     queue = QueueUnderTest(folder / "control", _conf(result.setting, folder), folder / "logs" / "servers.txt")
     left: list[str] = []
     with ExitStack() as stack:
-        stack.callback(lambda: left.extend(queue.close()))
+        stack.callback(lambda: left.extend([*queue.close(), *map(str, (folder / "rows").iterdir())]))
         proxy = _proxy(result.setting, queue, folder / "proxy")
         if proxy is not None:
             stack.callback(proxy.close)
@@ -172,11 +172,16 @@ def _setting(chance: random.Random, faults: Sequence[Fault]) -> dict[str, Any]:
         "transport": transport,
         "checksums": chance.random() < 0.3,
         "journal": chance.choice(["memory", "memory", "disk"]),
+        "rows": chance.choice(["memory", "memory", "disk"]),
     }
 
 
 def _conf(setting: dict[str, Any], folder: Path) -> dict[str, Any]:
-    storage = {"num_data_storage_units": setting["units"], "capacity_bytes": 256 << 20, "arena_bytes": 8 << 20}
+    sizes = {"capacity_bytes": 256 << 20, "arena_bytes": 8 << 20}
+    if setting["rows"] == "disk":  # all but the first of them
+        sizes = {"capacity_bytes": 1 << 20, "arena_bytes": 1 << 20}
+    offload = {"enabled": setting["rows"] == "disk", "path": str(folder / "rows"), "capacity_bytes": 256 << 20}
+    storage = {"num_data_storage_units": setting["units"], "ssd_offload": offload, **sizes}
     return {
         "backend": {"SimpleStorage": storage},
         "checksums": setting["checksums"],

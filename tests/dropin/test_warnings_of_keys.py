@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from importlib import resources
 from typing import Any
 
@@ -29,7 +28,7 @@ HONOURED: dict[str, tuple[Any, str]] = {  # by path: a value, and the setting th
     "strict": (True, "strict"),
     "allow_pickle": (True, "allow_pickle"),
 }
-TOGETHER = {f"backend.SimpleStorage.ssd_offload.{name}" for name in ("enabled", "path")}
+TOGETHER = {f"backend.SimpleStorage.ssd_offload.{name}" for name in ("enabled", "path", "capacity_bytes")}
 FILLED_BY_INIT = {"metrics.endpoint", "controller.zmq_info", "backend.SimpleStorage.zmq_info"}
 NO_EFFECT: dict[str, Any] = {
     "backend.SimpleStorage.ssd_offload.threshold_bytes": 1,
@@ -102,18 +101,22 @@ def test_02_a_key_that_is_honoured(path: str, caplog: Log) -> None:
     [
         ({}, None),
         ({"path": "/tmp/spill"}, None),
-        ({"enabled": True}, tempfile.gettempdir()),
+        ({"enabled": True}, "/var/tmp"),
         ({"enabled": True, "path": "/tmp/spill"}, "/tmp/spill"),
         ({"enabled": True, "path": "spill"}, os.path.abspath("spill")),
     ],
 )
 def test_02_rows_go_to_disk_where_that_is_enabled(section: dict[str, Any], path: str | None, caplog: Log) -> None:
     """Other processes may have other working directories."""
-    merged = config.merged(conf_of("backend.SimpleStorage.ssd_offload", section))
-    assert config.settings(merged).spill_path == path and caplog.messages == []
+    merged = config.merged(conf_of("backend.SimpleStorage.ssd_offload", {**section, "capacity_bytes": 1 << 30}))
+    settings = config.settings(merged)
+    assert (settings.spill_path, settings.spill_bytes) == (path, 1 << 30) and caplog.messages == []
 
 
-@pytest.mark.parametrize(("section", "key"), [(True, ""), ({"enabled": "yes"}, ".enabled"), ({"path": 1}, ".path")])
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [(True, ""), ({"enabled": "yes"}, ".enabled"), ({"path": 1}, ".path"), ({"capacity_bytes": 0}, ".capacity_bytes")],
+)
 def test_02_what_is_no_such_section_is_refused_with_its_key(section: Any, key: str) -> None:
     with pytest.raises(InvalidArgument, match=f"backend.SimpleStorage.ssd_offload{key} must be"):
         config.settings(config.merged(conf_of("backend.SimpleStorage.ssd_offload", section)))

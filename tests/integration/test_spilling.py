@@ -49,13 +49,19 @@ def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     tq.close()
 
 
+def put_one_by_one() -> None:
+    """Each row is a block, so that some lie in memory and some on disk."""
+    for number, key in enumerate(KEYS):
+        tq.kv_put(key, "p", fields=rows()[number], tag=None)
+
+
 def test_three_times_the_memory(queue: Any, tmp_path: Path) -> None:
     """Copies and views of it, in any order; after a clear the space is used again; `close` leaves nothing."""
     folder = tmp_path / "made" / "here"
+    files: list[list[Path]] = []
     for _ in range(2):
-        tq.kv_batch_put(KEYS, "p", fields=rows())
-        files = on_disk(folder)
-        assert sum(path.stat().st_size for path in files) >= 16 * MIB
+        put_one_by_one()
+        files.append(on_disk(folder))
         back = tq.kv_batch_get(list(reversed(KEYS)), "p")
         assert torch.equal(back["x"], rows()["x"].flip(0))
         client = tq.get_client()
@@ -63,7 +69,11 @@ def test_three_times_the_memory(queue: Any, tmp_path: Path) -> None:
         assert torch.equal(client.get_data(meta, copy=False)["x"], rows()["x"])
         del back
         tq.kv_clear(KEYS, "p")
-    assert on_disk(folder) == files
+    assert files[0] == files[1] and sum(path.stat().st_size for path in files[0]) >= 16 * MIB
+    [arenas] = {len(list(Path(unit.folder).glob("arena-*"))) for unit in queue.backend.SimpleStorage.zmq_info.values()}
+    assert arenas == 2  # the memory is full as well
+    tq.kv_batch_put(KEYS, "p", fields=rows())  # a block larger than all memory
+    assert torch.equal(tq.kv_batch_get(KEYS, "p")["x"], rows()["x"])
     tq.close()
     assert list(folder.iterdir()) == []
 
@@ -71,7 +81,7 @@ def test_three_times_the_memory(queue: Any, tmp_path: Path) -> None:
 def test_a_killed_unit_has_them_again(tmp_path: Path) -> None:
     queue = tq.init(conf("processes", tmp_path))
     try:
-        tq.kv_batch_put(KEYS, "p", fields=rows())
+        put_one_by_one()
         status = EndpointFile(queue.address).status
         pid = status()["unit-0"]["pid"]
         os.kill(pid, signal.SIGKILL)
@@ -86,24 +96,32 @@ def test_a_killed_unit_has_them_again(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_session_left_goes_with_the_next_start(tmp_path: Path) -> None:
+    """Whether or not that one has a folder on disk."""
     text = f"""
         import os, signal
-        import transfer_queue as tq
-        from tests.integration.test_spilling import KEYS, conf, rows
         from pathlib import Path
+        import transfer_queue as tq
+        from tests.integration.test_spilling import conf, put_one_by_one
         tq.init(conf("embedded", Path({str(tmp_path)!r})))
-        tq.kv_batch_put(KEYS, "p", fields=rows())
+        put_one_by_one()
         os.kill(os.getpid(), signal.SIGKILL)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(text)], timeout=60, check=False)
-    left = on_disk(tmp_path)
-    assert left
-    tq.init(conf("embedded", tmp_path))
-    try:
-        assert not any(path.exists() for path in left)
-    finally:
-        tq.close()
+    assert on_disk(tmp_path)
+    tq.init({"runtime": "embedded"})
+    tq.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("runtime", ["embedded", "processes"])
+def test_a_folder_in_shared_memory_is_refused(runtime: str) -> None:
+    path = Path("/dev/shm/no-disk")
+    try:
+        with pytest.raises(InvalidArgument, match=f"ssd_offload.path: {path} is in shared memory"):
+            tq.init(conf(runtime, path))
+        assert list(path.iterdir()) == []
+    finally:
+        path.rmdir()
 
 
 @pytest.mark.parametrize("runtime", ["embedded", "processes"])

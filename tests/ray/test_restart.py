@@ -122,16 +122,16 @@ def test_a_starter_killed_halfway_is_in_nobodys_way(session: Any) -> None:
 def test_what_killed_actors_left_on_disk_goes_at_the_next_start(session: Any, tmp_path: Path) -> None:
     controller = tq.TransferQueueController.remote()
     info = session.get(controller.get_zmq_server_info.remote())
-    for is_last in (False, True):
-        unit = tq.SimpleStorageUnit.remote(controller_info=info, capacity_bytes=4 << 20, spill_path=str(tmp_path))
-        place = session.get(unit.get_info.remote())
-        assert [path.name for path in tmp_path.iterdir()] == [Path(place.folder).name]  # its own alone
-        if is_last:
-            session.get(unit.shutdown.remote())
-        session.kill(unit, no_restart=True)
-        wait_until(lambda place=place, last=is_last: last or identify(owner_of(place)) is None)
-    session.get(controller.shutdown.remote())
+    unit = tq.SimpleStorageUnit.remote(controller_info=info, capacity_bytes=4 << 20, spill_path=str(tmp_path))
+    place = session.get(unit.get_info.remote())
+    assert [path.name for path in tmp_path.iterdir()] == [Path(place.folder).name]
+    session.kill(unit, no_restart=True)
+    wait_until(lambda: identify(owner_of(place)) is None)
+    unit = tq.SimpleStorageUnit.remote(controller_info=info, capacity_bytes=4 << 20)
+    session.get(unit.get_info.remote())
     assert list(tmp_path.iterdir()) == []
+    for actor in (unit, controller):
+        session.get(actor.shutdown.remote())
 
 
 def test_what_killed_actors_left_goes_at_the_next_start(session: Any) -> None:

@@ -163,3 +163,49 @@ def test_processes_are_told_apart_by_start_time() -> None:
     found = identify(os.getpid())
     assert found is not None and found.start_time == me.start_time
     assert identify(2**22 + 1) is None
+
+
+def test_a_part_elsewhere_goes_with_the_folder(tmp_path: Path) -> None:
+    """With `close`, after an adoption, and when it is removed without its owner; its name is that of the folder."""
+    root, disk = tmp_path / "memory", tmp_path / "made" / "disk"
+    root.mkdir()
+    first = killed("unit", root)
+    part = first.part_at(disk)
+    assert part == disk / first.path.name and stat.S_IMODE(part.stat().st_mode) == 0o700
+    (part / "spilled-1").write_bytes(b"rows")
+    second = ServerFolder("unit", key="k", root=root)
+    assert second.part_at(disk) == part and (part / "spilled-1").read_bytes() == b"rows"
+    second.close()
+    assert list(disk.iterdir()) == []
+    killed("unit", root).part_at(disk)
+    assert remove_abandoned(root) == [first.path.name] and list(disk.iterdir()) == []
+    killed("unit", root).part_at(disk)
+    assert remove_left(first.path, 1.0) and list(disk.iterdir()) == []
+
+
+def test_a_part_that_moves_leaves_nothing_behind(tmp_path: Path) -> None:
+    with ServerFolder("unit", root=tmp_path) as folder:
+        old = folder.part_at(tmp_path / "old")
+        new = folder.part_at(tmp_path / "new")
+        assert new.is_dir() and not old.exists()
+
+
+def test_only_a_part_of_the_same_name_is_removed(tmp_path: Path) -> None:
+    """Whatever the record says."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for text in (str(other), "", "relative/" + folder_path("unit", "k").name):
+        folder = ServerFolder("unit", key="k", root=tmp_path)
+        (folder.path / "elsewhere").write_text(text)
+        folder.close()
+        assert other.is_dir() and not folder.path.exists()
+
+
+def test_what_is_no_private_folder_is_no_part(tmp_path: Path) -> None:
+    with ServerFolder("unit", root=tmp_path) as folder:
+        (tmp_path / "disk" / folder.path.name).mkdir(parents=True, mode=0o755)
+        with pytest.raises(InvalidArgument, match="not a private folder"):
+            folder.part_at(tmp_path / "disk")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match="file"):
+            folder.part_at(tmp_path / "file")

@@ -33,7 +33,7 @@ def disk(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unit(folder: Path, disk: Path) -> Iterator[Unit]:
-    made = Unit(folder, capacity_bytes=2 * MIB, arena_bytes=MIB, spill_folder=disk)
+    made = Unit(folder, capacity_bytes=2 * MIB, arena_bytes=MIB, spill_folder=disk, spill_bytes=6 * MIB)
     with made.service:
         yield made
 
@@ -76,26 +76,72 @@ def test_empty_files_go_when_a_larger_one_is_needed(unit: Unit, disk: Path) -> N
     assert unit.stats()["bytes_arenas"] - unit.stats()["bytes_on_disk"] == 2 * MIB
 
 
-def test_a_file_system_without_memory_left_is_as_full_as_the_capacity(
-    unit: Unit, disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """/dev/shm may be smaller than `capacity_bytes`, or used by others."""
-    monkeypatch.setattr(arenas_module, "free_bytes", lambda folder: 0)
-    for number in range(3):
+def test_there_is_a_limit_on_disk_too(unit: Unit) -> None:
+    """What finds no space there either waits; what is larger than each of the two is refused at once."""
+    blocks = [unit.put(rows(1, ROW)) for _ in range(8)]
+    waiting = unit.begin(Reserve(size_bytes=ROW, holder=process_id(), timeout_s=5.0))
+    impossible = unit.begin(Reserve(size_bytes=7 * MIB, holder=process_id(), timeout_s=5.0))
+    with pytest.raises(CapacityExceeded, match="exceeds the capacity of the storage unit, 8388608 bytes"):
+        impossible.result()
+    assert waiting.replies == []
+    unit.tell(free(blocks[-1]))
+    waiting.result()
+
+
+def free_in(memory_bytes: int, disk_bytes: int, disk: Path) -> Callable[[Path], int]:
+    return lambda folder: disk_bytes if folder == disk else memory_bytes
+
+
+def test_memory_that_others_need_is_left_to_them(unit: Unit, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/shm may be smaller than `capacity_bytes`, or used by others: an arena's worth of it stays free."""
+    monkeypatch.setattr(arenas_module, "free_bytes", free_in(MIB + MIB // 2, 1 << 30, disk))
+    unit.put(rows(1, ROW))  # the first arena was there already
+    for number in range(2):
         block = unit.put(rows(1, ROW, first=number))
         np.testing.assert_array_equal(unit.read(block, [0]), rows(1, ROW, first=number))
     assert unit.stats()["bytes_on_disk"] == 2 * MIB
 
 
+def test_memory_that_is_free_again_is_used(unit: Unit, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although files on disk have space."""
+    with monkeypatch.context() as patch:
+        patch.setattr(arenas_module, "free_bytes", free_in(0, 1 << 30, disk))
+        blocks = [unit.put(rows(1, ROW)) for _ in range(3)]
+    unit.tell(free(*blocks[1:]))
+    unit.reserve(MIB // 2)  # notices that memory runs low
+    eventually(lambda: unit.stats()["bytes_arenas"] - unit.stats()["bytes_on_disk"] == 2 * MIB)
+    assert Path(unit.reserve(ROW).arena).parent != disk
+
+
+def test_what_is_too_large_for_the_disk_does_not_stand_in_the_way(
+    unit: Unit, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of others the disk has little left: a small put gets that, also behind a large one that waits; none fills it."""
+    for _ in range(2):
+        unit.put(rows(1, ROW))
+    monkeypatch.setattr(arenas_module, "free_bytes", free_in(0, MIB // 2, disk))
+    large = unit.begin(Reserve(size_bytes=4 * MIB, holder=process_id(), timeout_s=5.0))
+    small = unit.begin(Reserve(size_bytes=MIB // 4, holder=process_id(), timeout_s=5.0))
+    assert Path(small.result().arena).parent == disk and unit.stats()["bytes_on_disk"] == MIB // 2
+    unit.turn(6.0)
+    with pytest.raises(CapacityExceeded, match=f"files in {disk}, where {MIB // 2} bytes of disk are left"):
+        large.result()
+
+
 def test_a_full_disk_is_told(unit: Unit, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the folder and what is free in it; nothing is left of the file, and space that is freed serves again."""
+    """With the folder and what is free in it; nothing of the file is left, and space that is freed serves again."""
     blocks = [unit.put(rows(1, ROW)) for _ in range(2)]
     reserve = os.posix_fallocate
 
+    taken: list[int] = []
+
     def refuse(descriptor: int, offset: int, size: int) -> None:
-        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(disk)):
-            raise OSError(errno.ENOSPC, "no space left on device")
-        reserve(descriptor, offset, size)
+        """Takes a part before it fails, as some file systems do."""
+        if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(disk)):
+            return reserve(descriptor, offset, size)
+        reserve(descriptor, offset, size // 2)
+        taken.append(os.dup(descriptor))
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     waiting = unit.begin(Reserve(size_bytes=ROW, holder=process_id(), timeout_s=5.0))
@@ -104,6 +150,9 @@ def test_a_full_disk_is_told(unit: Unit, disk: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CapacityExceeded, match=f"on disk: [0-9]+ bytes are free in {disk}.*ssd_offload.path"):
         waiting.result()
     assert names(disk) == set() and unit.stats()["bytes_on_disk"] == 0
+    for descriptor in taken:
+        assert os.fstat(descriptor).st_blocks == 0
+        os.close(descriptor)
     unit.tell(free(blocks[0]))
     unit.put(rows(1, ROW))
 

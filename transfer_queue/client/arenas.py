@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from transfer_queue.errors import ConnectionLost
+from transfer_queue.storage.arena import is_on_disk
 from transfer_queue.storage.gather import Pick
 from transfer_queue.storage.mapping import Bytes, map_file, map_privately
 
@@ -133,4 +134,7 @@ def _open(path: str, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise ConnectionLost(f"the storage unit of {path} is gone, and its arenas with it") from error
+        text = f"the storage unit of {path} is gone, and its arenas with it"
+        if is_on_disk(os.path.basename(path)):
+            text += "; or backend.SimpleStorage.ssd_offload.path is another folder to this process than to the unit"
+        raise ConnectionLost(text) from error

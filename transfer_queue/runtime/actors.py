@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -204,6 +203,7 @@ class StorageUnitActor:
     capacity_bytes   of all its shared memory; `None`: half of what /dev/shm has free now
     arena_bytes      size of one shared-memory file
     spill_path       folder on the node's disk for what finds no shared memory; `None`: such puts wait
+    spill_bytes      most that it takes there; `None`: half of what is free there now
     journal          keep what is needed to go on with the shared memory after a kill
     starter          as for the controller
     logging_level    as for the controller
@@ -217,6 +217,7 @@ class StorageUnitActor:
         capacity_bytes: int | None = None,
         arena_bytes: int = 64 << 20,
         spill_path: str | None = None,
+        spill_bytes: int | None = None,
         unit_id: str | None = None,
         transport: str = "auto",
         journal: bool = True,
@@ -224,7 +225,7 @@ class StorageUnitActor:
         logging_level: int | None = None,
     ) -> None:
         set_logging_level(logging_level)
-        _remove_finished(spill_path)
+        _remove_finished()
         actor_id = str(ray.get_runtime_context().get_actor_id())
         raise_descriptor_limit()
         self._server: UnitServer | None = None
@@ -241,6 +242,7 @@ class StorageUnitActor:
                 capacity_bytes=capacity_bytes,
                 arena_bytes=arena_bytes,
                 spill_path=spill_path,
+                spill_bytes=spill_bytes,
                 transport=transport,
                 journal=journal,
             )
@@ -331,14 +333,12 @@ def _supervisor(starter: ProcessId | None) -> ProcessId | None:
     return identify(os.getppid())
 
 
-def _remove_finished(spill_path: str | None = None) -> None:
+def _remove_finished() -> None:
     """Remove what actors left that Ray will not start again: killed for good, or gone with a job that was.
 
-    While the raylet lives, their folders tell nothing of that, and their memory, and disk, would stay taken.
+    While the raylet lives, their folders tell nothing of that, and their shared memory would stay taken.
     """
     waiting = waiting_for_successors()
-    if spill_path is not None:
-        waiting += waiting_for_successors(Path(spill_path))
     if not waiting:
         return
     try:  # the public `ray.util.state` needs a dashboard, which few install

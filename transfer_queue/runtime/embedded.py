@@ -43,6 +43,7 @@ class EmbeddedRuntime:
                         capacity_bytes=settings.capacity_bytes,
                         arena_bytes=settings.arena_bytes,
                         spill_path=settings.spill_path,
+                        spill_bytes=settings.spill_bytes,
                     )
                 )
             file = EndpointFile(Path(self.info.folder) / ENDPOINT_FILE)

@@ -295,6 +295,7 @@ class Metering:
                     page.add("tq_storage_bytes", report[f"bytes_{state}"], unit, state)
                 page.add("tq_storage_capacity_bytes", report["bytes_capacity"], unit)
                 page.add("tq_storage_disk_bytes", report["bytes_on_disk"], unit)
+                page.add("tq_storage_disk_capacity_bytes", report["bytes_disk_capacity"], unit)
                 page.add("tq_storage_arenas", report["arenas"], unit)
                 page.add("tq_storage_blocks", report["blocks"], unit)
                 page.add("tq_storage_pins", report["pins"], unit)

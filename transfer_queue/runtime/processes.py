@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import sys
 import threading
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from transfer_queue.metadata import ZMQServerInfo
 from transfer_queue.runtime.endpoint import ENDPOINT_FILE, EndpointFile
 from transfer_queue.runtime.supervisor import START_TIMEOUT_S, Child, Restarts
 from transfer_queue.samplers.description import describe
-from transfer_queue.wire.folder import SHARED_MEMORY, ServerFolder, folder_path
+from transfer_queue.wire.folder import ServerFolder, folder_path, remove_folder
 from transfer_queue.wire.holders import process_id, to_record
 
 log = logging.getLogger("transfer_queue")
@@ -35,7 +34,6 @@ class ProcessesRuntime:
         self._lock = threading.Lock()
         self._sampler = describe(settings.sampler)
         self._supervisor = to_record(process_id())
-        self._roots = [SHARED_MEMORY] if settings.spill_path is None else [SHARED_MEMORY, Path(settings.spill_path)]
         self.children: list[Child] = []
         self._folder = ServerFolder("session")
         self._file = EndpointFile(settings.address or self._folder.path / ENDPOINT_FILE)
@@ -69,8 +67,7 @@ class ProcessesRuntime:
             child.end()
         for child in children:
             child.join()
-            for folder in self._folders_of(child.name):
-                shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+            remove_folder(self._folder_of(child.name))  # of one that was killed
         self._folder.close()
 
     def _start_controller(self, settings: Settings) -> ZMQServerInfo:
@@ -106,6 +103,7 @@ class ProcessesRuntime:
                     "capacity_bytes": settings.capacity_bytes,
                     "arena_bytes": settings.arena_bytes,
                     "spill_path": settings.spill_path,
+                    "spill_bytes": settings.spill_bytes,
                     "transport": settings.transport,
                     "journal": settings.journal_enabled,
                 },
@@ -131,7 +129,5 @@ class ProcessesRuntime:
     def _key_of(self, name: str) -> str:
         return f"{self._key}/{name}"
 
-    def _folders_of(self, name: str) -> list[Path]:
-        """In shared memory, and maybe on disk."""
-        role = "controller" if name == "controller" else "unit"
-        return [folder_path(role, self._key_of(name), root) for root in self._roots]
+    def _folder_of(self, name: str) -> Path:
+        return folder_path("controller" if name == "controller" else "unit", self._key_of(name))

@@ -87,6 +87,7 @@ class RayRuntime:
                 capacity_bytes=self._settings.capacity_bytes,
                 arena_bytes=self._settings.arena_bytes,
                 spill_path=self._settings.spill_path,
+                spill_bytes=self._settings.spill_bytes,
                 transport=self._settings.transport,
                 journal=self._settings.journal_enabled,
                 starter=process_id(),
@@ -95,10 +96,7 @@ class RayRuntime:
             self._owned.append(actor)
             units.append(actor)
         for unit in units:
-            folder = _get(unit.get_info.remote, "a storage unit actor").folder
-            self._folders.append(folder)
-            if self._settings.spill_path is not None:
-                self._folders.append(str(Path(self._settings.spill_path, Path(folder).name)))
+            self._folders.append(_get(unit.get_info.remote, "a storage unit actor").folder)
 
     def _storage_nodes(self) -> list[str]:
         """Nodes that may have a unit. Raises `CapacityExceeded` if none has the resource that is asked for."""

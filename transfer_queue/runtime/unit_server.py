@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
-from transfer_queue.errors import InvalidArgument
+from transfer_queue.errors import CapacityExceeded, InvalidArgument
 from transfer_queue.messages import (
     Announce,
     Announced,
@@ -30,6 +32,7 @@ from transfer_queue.wire.ticket import Ticket
 
 _ANNOUNCE_TIMEOUT_S = 30.0
 _SETTLE_TIMEOUT_S = 30.0
+_SPILL_KEY = "backend.SimpleStorage.ssd_offload.path"
 
 
 class UnitServer:
@@ -44,6 +47,7 @@ class UnitServer:
         capacity_bytes: int | None = None,
         arena_bytes: int = 64 << 20,
         spill_path: str | None = None,
+        spill_bytes: int | None = None,
         transport: str = "auto",
         key: str | None = None,
         supervisor: ProcessId | None = None,
@@ -51,7 +55,8 @@ class UnitServer:
     ) -> None:
         """Returns when unit and controller agree on what is stored.
 
-        spill_path  where there is space on disk for what finds none in memory; a folder in it is the unit's own
+        spill_path  a folder on disk for what finds no shared memory; None: such puts wait
+        spill_bytes  most that the unit takes there; None: half of what is free there now
         journal     keep what is needed to go on with the arenas of one that died under this key
 
         Raises `ConnectionLost` or `NotAuthorized` if the controller does not take it, and `InvalidArgument` if there
@@ -63,16 +68,13 @@ class UnitServer:
         self._closing: list[Any] = []
         self.folder: ServerFolder = self._opened(ServerFolder("unit", key=key, supervisor=supervisor))
         try:
-            spill: ServerFolder | None = None
-            if spill_path is not None:
-                root = _made_if_missing(Path(spill_path))
-                spill = self._opened(ServerFolder("unit", key=key, root=root, supervisor=supervisor))
             self.service: UnitService = self._opened(
                 UnitService(
                     self.folder.path,
                     capacity_bytes=capacity_bytes,
                     arena_bytes=arena_bytes,
-                    spill_folder=None if spill is None else spill.path,
+                    spill_folder=None if spill_path is None else _spill_folder(self.folder, Path(spill_path)),
+                    spill_bytes=spill_bytes,
                     settle=self._settle,
                     journal=journal,
                 )
@@ -156,14 +158,12 @@ class UnitServer:
 
     def leave(self) -> None:
         """Stop listening; the arenas stay for the process that takes the place of this one."""
-        folders = [one for one in self._closing if isinstance(one, ServerFolder)]
-        for folder in folders:
-            folder.leave()
+        self.folder.leave()
         while self._closing:
             resource = self._closing.pop()
             if isinstance(resource, UnitService):
                 resource.abandon()
-            elif resource not in folders:
+            elif resource is not self.folder:
                 resource.close()
 
     def close(self) -> None:
@@ -172,10 +172,13 @@ class UnitServer:
             self._closing.pop().close()
 
 
-def _made_if_missing(folder: Path) -> Path:
+def _spill_folder(folder: ServerFolder, root: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        part = folder.part_at(root)
     except OSError as error:
-        text = f"backend.SimpleStorage.ssd_offload.path: there can be no folder for rows at {folder}: {error}"
-        raise InvalidArgument(text) from error
-    return folder
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CapacityExceeded(f"no capacity for a folder for rows at {root}: {error}") from error
+        raise InvalidArgument(f"{_SPILL_KEY}: there can be no folder for rows at {root}: {error}") from error
+    if os.stat(part).st_dev == os.stat(folder.path).st_dev:
+        raise InvalidArgument(f"{_SPILL_KEY}: {root} is in shared memory, which rows are to leave: name a disk")
+    return part

@@ -46,6 +46,7 @@ class Arena:
                 self._huge_bytes = make_huge(descriptor, self.memory)
             os.posix_fallocate(descriptor, 0, size_bytes)
         except OSError as error:
+            os.ftruncate(descriptor, 0)  # what was reserved is free at once, whoever keeps the error and so the mapping
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
                 raise
@@ -103,6 +104,23 @@ class Arena:
 
 
 @dataclass(frozen=True, slots=True)
+class Spill:
+    """Where arenas on disk go, and how much they take in all."""
+
+    folder: Path
+    capacity_bytes: int
+
+    @classmethod
+    def of(cls, folder: Path, capacity_bytes: int | None, known: Mapping[str, int]) -> Spill:
+        return cls(folder, capacity_bytes or usual_capacity(folder, known, on_disk=True))
+
+    @property
+    def free_bytes(self) -> int:
+        """How much the disk has left."""
+        return free_bytes(self.folder)
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
     """An arena to be made."""
 
@@ -111,11 +129,9 @@ class Planned:
 
 
 class Arenas:
-    """The arenas of a unit: at most `capacity_bytes` in memory, the others on disk. Not thread-safe, except `create`.
+    """The arenas of a unit: at most `capacity_bytes` in memory, then on disk. Not thread-safe, except `create`.
 
     Each life of a unit gives its files names of its own: who mapped a file knows it by its name.
-
-    spill_folder   where files on disk go; None: there are none
     """
 
     def __init__(
@@ -123,15 +139,15 @@ class Arenas:
         folder: Path,
         capacity_bytes: int,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
-        spill_folder: Path | None = None,
+        spill: Spill | None = None,
     ) -> None:
         self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
         self.arena_bytes = min(round_to_pages(arena_bytes), self.capacity_bytes)
         self.members: list[Arena] = []  # those in memory first
-        self.growing_bytes = 0  # of memory: sizes given out by `plan_growth` that did not become arenas yet
         self.facts: list[Fact] = []  # which members came and went, for who keeps account of them
+        self.spill = spill
         self._folder = folder
-        self._spill_folder = spill_folder
+        self._growing = {False: 0, True: 0}  # by `on_disk`: sizes that `plan_growth` gave out, not arenas yet
         self._life = secrets.token_hex(4)
         self._created = 0
 
@@ -151,19 +167,23 @@ class Arenas:
         return sum(arena.size_bytes for arena in self.members if arena.on_disk)
 
     @property
-    def room_bytes(self) -> int:
-        """How much more memory arenas may take, without those that are growing."""
-        room = self.capacity_bytes - self.growing_bytes - (self.total_bytes - self.bytes_on_disk)
-        return room if self._spill_folder is None else min(room, free_bytes(self._folder))
+    def growing_bytes(self) -> int:
+        return sum(self._growing.values())
+
+    @property
+    def low(self) -> bool:
+        """Whether the arenas in memory are nearly full, and there may be another one."""
+        free = sum(arena.extents.free_total for arena in self.members if not arena.on_disk)
+        return bool(self.members) and free < self.arena_bytes // 4 and self._room(False) >= self.arena_bytes
 
     def check_first(self) -> None:
         """Raise `CapacityExceeded` if there is no space for the first arena."""
-        if self._spill_folder is None and self.arena_bytes > free_bytes(self._folder):
+        if self.spill is None and self.arena_bytes > free_bytes(self._folder):
             raise _no_memory(self._folder, self.arena_bytes)
 
     def could_hold(self, size_bytes: int) -> bool:
         """Whether one arena could have so much in one piece, if it were empty."""
-        return size_bytes <= self.capacity_bytes or self._spill_folder is not None
+        return size_bytes <= max(self.capacity_bytes, 0 if self.spill is None else self.spill.capacity_bytes)
 
     def allocate(self, size_bytes: int, alignment: int) -> tuple[Arena, int] | None:
         """Return an arena and an offset in it, or None if no arena has so much in one piece."""
@@ -179,17 +199,22 @@ class Arenas:
         Empty arenas make room for it, if that helps.
         """
         needed = round_to_pages(size_bytes)
-        room = self.room_bytes
-        empty = [arena for arena in self.members if arena.is_empty and not arena.on_disk]
-        if needed > room + sum(arena.size_bytes for arena in empty):
-            return self._plan_on_disk(needed)
+        for on_disk in (False, True):
+            room = self._room(on_disk)
+            empty = [arena for arena in self.members if arena.is_empty and arena.on_disk == on_disk]
+            if needed <= room + sum(arena.size_bytes for arena in empty):
+                break
+        else:
+            return None
         while needed > room:
             arena = empty.pop()
-            self._drop(arena)
+            self.members.remove(arena)
+            self.facts.append((Kind.ARENA_GONE, arena.name))
+            arena.close()
             room += arena.size_bytes
-        planned = min(max(needed, self.arena_bytes), room)
-        self.growing_bytes += planned
-        return Planned(planned, on_disk=False)
+        planned = Planned(min(max(needed, self.arena_bytes), room), on_disk)
+        self._growing[on_disk] += planned.size_bytes
+        return planned
 
     def create(self, planned: Planned) -> Arena:
         """Make the file for a planned arena; from any thread, one at a time. Raises as `Arena`."""
@@ -218,8 +243,8 @@ class Arenas:
         self.members.sort(key=lambda member: member.on_disk)
         kept = {arena.path for arena in self.members}
         left = list(self._folder.glob(f"{_PREFIX}*"))
-        if self._spill_folder is not None:
-            left += self._spill_folder.glob(f"{_DISK_PREFIX}*")
+        if self.spill is not None:
+            left += self.spill.folder.glob(f"{_DISK_PREFIX}*")
         for path in left:
             if str(path) not in kept:
                 path.unlink()
@@ -227,34 +252,32 @@ class Arenas:
 
     def give_up(self, planned: Planned) -> None:
         """A planned arena will not come."""
-        if not planned.on_disk:
-            self.growing_bytes -= planned.size_bytes
+        self._growing[planned.on_disk] -= planned.size_bytes
 
     def close(self) -> None:
         """Remove the files. May be called twice."""
         while self.members:
             self.members.pop().close()
 
-    def _plan_on_disk(self, needed: int) -> Planned | None:
-        """Files that are empty are too small, or there would be no need for another one: they go."""
-        if self._spill_folder is None:
-            return None
-        for arena in [arena for arena in self.members if arena.is_empty and arena.on_disk]:
-            self._drop(arena)
-        return Planned(max(needed, self.arena_bytes), on_disk=True)
+    def _room(self, on_disk: bool) -> int:
+        """How much more arenas may take there.
 
-    def _drop(self, arena: Arena) -> None:
-        self.members.remove(arena)
-        self.facts.append((Kind.ARENA_GONE, arena.name))
-        arena.close()
+        Where rows can go to disk, memory is left for others, the journals among them: nobody has to wait for it.
+        """
+        taken = sum(arena.size_bytes for arena in self.members if arena.on_disk == on_disk) + self._growing[on_disk]
+        if self.spill is None:
+            return 0 if on_disk else self.capacity_bytes - taken
+        if on_disk:
+            return min(self.spill.capacity_bytes - taken, self.spill.free_bytes)
+        return min(self.capacity_bytes - taken, free_bytes(self._folder) - self.arena_bytes)
 
     def _path_of(self, name: str) -> Path:
         """Raises `FileNotFoundError` for a name on disk if there is no folder for it any more."""
         if not is_on_disk(name):
             return self._folder / name
-        if self._spill_folder is None:
+        if self.spill is None:
             raise FileNotFoundError(f"it is on disk, and the unit was started without a folder there: {name}")
-        return self._spill_folder / name
+        return self.spill.folder / name
 
 
 def is_on_disk(name: str) -> bool:
@@ -262,9 +285,9 @@ def is_on_disk(name: str) -> bool:
     return name.startswith(_DISK_PREFIX)
 
 
-def usual_capacity(folder: Path, known: Mapping[str, int]) -> int:
+def usual_capacity(folder: Path, known: Mapping[str, int], *, on_disk: bool) -> int:
     """Return half of what is free in `folder`, with what the arenas take that are known already, by name and size."""
-    taken = sum(size for name, size in known.items() if not is_on_disk(name))
+    taken = sum(size for name, size in known.items() if is_on_disk(name) == on_disk)
     return max((free_bytes(folder) + taken) // 2, PAGE_BYTES)
 
 

@@ -37,6 +37,7 @@ def figures(space: UnitSpace) -> dict[str, int]:
         "bytes_arenas": space.arenas.total_bytes,
         "bytes_on_disk": space.arenas.bytes_on_disk,
         "bytes_capacity": space.arenas.capacity_bytes,
+        "bytes_disk_capacity": 0 if space.arenas.spill is None else space.arenas.spill.capacity_bytes,
         "arenas": len(space.arenas.members),
         "blocks": sum(len(span.blocks) for span in space.spans.values()),
         "spans": sum(span.open for span in space.spans.values()),
@@ -52,7 +53,8 @@ def rss_bytes() -> int:
 def no_space(space: UnitSpace, request: Reserve, full: CapacityExceeded | None) -> CapacityExceeded:
     """Return the error that a span cannot be lent; `full`: why the unit could not grow."""
     stats = figures(space)
-    needed, limit, free = aligned(request.size_bytes), stats["bytes_capacity"], stats["bytes_free"]
+    needed, free, spill = aligned(request.size_bytes), stats["bytes_free"], space.arenas.spill
+    limit = stats["bytes_capacity"] + stats["bytes_disk_capacity"]
     if not space.arenas.could_hold(needed):
         text = f"a block of {needed} bytes exceeds the capacity of the storage unit, {limit} bytes: put fewer rows"
     else:
@@ -61,6 +63,9 @@ def no_space(space: UnitSpace, request: Reserve, full: CapacityExceeded | None) 
             f"free (not in one piece), {stats['bytes_live']} live, {stats['bytes_pinned']} pinned; clear samples "
             "or raise capacity_bytes"
         )
+    if spill is not None:
+        text += f", of the storage or of ssd_offload: {spill.capacity_bytes} of them are for files in {spill.folder}, "
+        text += f"where {spill.free_bytes} bytes of disk are left"
     if full is not None:
         text += f". The unit could not grow: {full.message}"
     return CapacityExceeded(text, needed_bytes=needed, free_bytes=free, limit_bytes=limit)

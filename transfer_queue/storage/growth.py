@@ -37,10 +37,8 @@ class Growth:
 
     def make_room_if_low(self) -> None:
         """Have the next arena ready before the last one is full."""
-        arenas = self._arenas
-        low = arenas.members and arenas.free_bytes < arenas.arena_bytes // 4
-        if low and arenas.room_bytes >= arenas.arena_bytes:
-            self.make_room(arenas.arena_bytes)
+        if self._arenas.low:
+            self.make_room(self._arenas.arena_bytes)
 
     def make_room(self, size_bytes: int) -> None:
         """Begin to make an arena with so many bytes, if there may be one more and none is on its way."""

@@ -52,7 +52,7 @@ from transfer_queue.messages import (
     Unpin,
     Write,
 )
-from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arenas, usual_capacity
+from transfer_queue.storage.arena import DEFAULT_ARENA_BYTES, PAGE_BYTES, Arenas, Spill, usual_capacity
 from transfer_queue.storage.beside import Beside
 from transfer_queue.storage.block import aligned
 from transfer_queue.storage.facts import Asked, Fact, Known
@@ -80,7 +80,8 @@ class UnitService:
     """Serves `UnitRequest` and `FreeBlocks`. Thread-safe; may serve before its `number` is known.
 
     capacity_bytes  of all arenas in memory together; None: half of what the file system of `folder` has free now
-    spill_folder    where arenas on disk go, when memory is full; None: there are none
+    spill_folder    on disk, for arenas when memory is full; None: there are none
+    spill_bytes     of all arenas on disk together; None: half of what that file system has free now
     settle          given the blocks of dead writers, returns 0/1 for each: was it committed? None: keep them
     journal         keep facts in `folder`/journal, and go on with what an earlier process left there
     recovered       how many blocks of an earlier process are there; `lost_blocks` says which are not, and why
@@ -93,6 +94,7 @@ class UnitService:
         capacity_bytes: int | None = None,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         spill_folder: Path | None = None,
+        spill_bytes: int | None = None,
         settle: Settle | None = None,
         journal: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -114,8 +116,9 @@ class UnitService:
                 self._log, known = FactLog.open(folder)
                 half_made.callback(self._log.close, remove=not known.arenas)
             if capacity_bytes is None:
-                capacity_bytes = usual_capacity(folder, known.arenas)
-            self._arenas = Arenas(folder, capacity_bytes, arena_bytes, spill_folder)
+                capacity_bytes = usual_capacity(folder, known.arenas, on_disk=False)
+            spill = None if spill_folder is None else Spill.of(spill_folder, spill_bytes, known.arenas)
+            self._arenas = Arenas(folder, capacity_bytes, arena_bytes, spill)
             half_made.callback(self._leave_arenas, keep=bool(known.arenas))
             self._space, self.lost_blocks = rebuild(self._arenas, known)
             self.recovered = sum(len(span.blocks) for span in self._space.spans.values())

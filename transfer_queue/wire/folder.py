@@ -1,10 +1,10 @@
 """The folder of a server process in shared memory: its owner, its nonce, its sockets, its arenas.
 
-`tq-<uid>-<name>-<random or key>` under /dev/shm, mode 0700; a unit may have another one on disk. Whoever can read
-`nonce` is on the same host and the same user. A folder with a key can be found again: the server that takes the place
-of a dead one *adopts* it, with the nonce, the sockets and all other files. The folder goes away with `close`, at exit,
-or, after a kill, when the next server of the user starts: then `owner` names a process that is dead, and so is the
-supervisor that could have started it again.
+`tq-<uid>-<name>-<random or key>` under /dev/shm, mode 0700. Whoever can read `nonce` is on the same host and the same
+user. A folder with a key can be found again: the server that takes the place of a dead one *adopts* it, with the
+nonce, the sockets and all other files. The folder goes away with `close`, at exit, or, after a kill, when the next
+server of the user starts: then `owner` names a process that is dead, and so is the supervisor that could have started
+it again. It may have a *part* of the same name elsewhere, on disk, which goes with it: `elsewhere` says where.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 MAX_SOCKET_PATH = 100
 
 _OWNER = "owner"
+_ELSEWHERE = "elsewhere"
 _OWNER_BYTES = 1024
 _NOBODY = -1.0  # start time of no process
 _NEVER_OWNED_S = 60.0
@@ -90,6 +92,20 @@ class ServerFolder:
             raise InvalidArgument(f"a socket path has at most {MAX_SOCKET_PATH} bytes, not {len(path)}: {path}")
         return path
 
+    def part_at(self, root: Path) -> Path:
+        """Return a private folder under `root` that goes away with this one; after an adoption, the one of before.
+
+        Raises `OSError` or `InvalidArgument` if there can be none.
+        """
+        part = root.absolute() / self.path.name
+        if _part_of(self.path) != part:
+            _remove_part(self.path)
+            self._write(_ELSEWHERE, str(part))
+        root.mkdir(parents=True, exist_ok=True)
+        part.mkdir(mode=0o700, exist_ok=True)
+        _check_private(part)
+        return part
+
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write a small JSON file that only this user can read; it appears or is replaced as a whole."""
         try:
@@ -118,7 +134,7 @@ class ServerFolder:
         """Remove the folder with all that is in it. Mappings of its files stay valid. May be called twice."""
         atexit.unregister(self.close)
         if os.getpid() == self._pid:
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove_folder(self.path)
 
     def _enter(self) -> None:
         while True:
@@ -132,9 +148,7 @@ class ServerFolder:
                 raise InvalidArgument(f"{self.path} is being used by another process that starts")
 
     def _settle_in(self) -> None:
-        status = self.path.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise InvalidArgument(f"{self.path} is not a private folder of this user")
+        _check_private(self.path)
         last = _owner(self.path)
         if last is not None and is_alive(last):
             raise InvalidArgument(f"{self.path} belongs to process {last.pid}, which is alive: stop it first")
@@ -187,7 +201,7 @@ def remove_abandoned(root: Path = SHARED_MEMORY, *, spare: Path | None = None) -
         if path != spare and _abandoned(path):
             with locked(path, 0.0) as held:
                 if held and _abandoned(path):  # nobody adopted it meanwhile
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_folder(path)
                     removed.append(path.name)
     return removed
 
@@ -210,13 +224,39 @@ def remove_left(path: Path, timeout_s: float) -> bool:
         with contextlib.suppress(DecodeError):
             owner = _owner(path)
             if owner is None or not is_alive(owner):
-                shutil.rmtree(path, ignore_errors=True)
+                remove_folder(path)
                 if not path.exists():
                     break
         if time.monotonic() >= deadline:
             return False
         time.sleep(_LOOK_AGAIN_S)
     return True
+
+
+def remove_folder(path: Path) -> None:
+    """Remove the folder of a server with all that is in it, and its part elsewhere. Nothing happens if it is gone."""
+    _remove_part(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_part(path: Path) -> None:
+    part = _part_of(path)
+    if part is not None:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _part_of(path: Path) -> Path | None:
+    with contextlib.suppress(OSError, ValueError):
+        part = Path((path / _ELSEWHERE).read_text())
+        if part.is_absolute() and part.name == path.name:
+            return part
+    return None
+
+
+def _check_private(path: Path) -> None:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise InvalidArgument(f"{path} is not a private folder of this user")
 
 
 def _abandoned(path: Path) -> bool:
