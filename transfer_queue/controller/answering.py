@@ -98,12 +98,22 @@ class Answers:
             return
         self._requests.restore(ticket.client_id, ticket.request_id, ticket.request, reply)
 
+    def conclude(self, ticket: Ticket, answer: Reply | TransferQueueError) -> None:
+        """Write down what a request changed, and give its answer. One that is given at once notes itself."""
+        self.keep(ticket)
+        if self.keeper is not None and self.keeper.syncs:
+            self.note(ticket, answer)
+        self.give(ticket, answer)
+
     def give(self, ticket: Ticket, answer: Reply | TransferQueueError) -> None:
         """Answer once everything that the answer may tell of is written down for good."""
         if self.keeper is None or self._broken is not None:
             ticket.answer(self._broken or answer)
         elif not self.keeper.behind:
-            self.keeper.when_durable(lambda error: ticket.answer(error or answer))
+            if self.keeper.syncs:
+                self.keeper.when_durable(lambda error: ticket.answer(error or answer))
+            else:
+                ticket.answer(answer)
         elif isinstance(answer, TransferQueueError):
             ticket.answer(answer)  # it tells of no change
         else:

@@ -73,6 +73,7 @@ class Keeper:
         self._units = units
         self._requests = requests
         self._encoded: tuple[Any, Sequence[Any]] | None = None  # the request that was looked at last, and its frames
+        self.syncs = journal.syncs  # what is kept is not there for good at once: see `when_durable`
         self._snapshot: threading.Thread | None = None
         self._promised = 0  # bytes of records to come
         self._unwritten: deque[bytes] = deque()  # records of changes that were made

@@ -120,6 +120,11 @@ class Journal:
         self.close()
 
     @property
+    def syncs(self) -> bool:
+        """Whether records are made durable on a disk, which takes time."""
+        return self._sync
+
+    @property
     def sequence(self) -> int:
         """The number of the last record, counted from 1 over all processes that wrote here."""
         return self._space.last_sequence

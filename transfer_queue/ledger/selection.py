@@ -19,7 +19,7 @@ from transfer_queue.ledger.registered import RegisteredSamplers
 from transfer_queue.ledger.table import RowTable
 from transfer_queue.ledger.views import PartitionView, RowViews
 from transfer_queue.messages import Draw
-from transfer_queue.samplers import BaseSampler, DPSampler
+from transfer_queue.samplers import BaseSampler, DPSampler, SequentialSampler
 from transfer_queue.samplers.dialect import returns_pairs
 from transfer_queue.samplers.dp import check_rank
 from transfer_queue.samplers.pairs import BatchKeeper
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Int64s: TypeAlias = NDArray[np.int64]
 
 _MOST_PLANS = 1024
+_OFFERED = {"num_n_samples", "task_name", "partition", "partition_id", "global_step", *RowViews.NAMES}
 _OWN_PARAMETERS = ("sampler", "dp_rank", "dp_size", "dp_group_id")  # for the controller, not for samplers
 
 
@@ -85,6 +86,14 @@ class Plan:
     def filters(self) -> bool:
         """The sampler looks at more than the ready rows."""
         return has_filter(self.sampler)
+
+    @cached_property
+    def is_told(self) -> bool:
+        """The sampler looks at something of what it is offered beside rows and their number."""
+        if type(self.sampler).sample is SequentialSampler.sample:
+            return False
+        accepted = accepted_names(self.sampler.sample)
+        return accepted is None or not accepted.isdisjoint(_OFFERED)
 
 
 class SamplerBook(RegisteredSamplers):
@@ -171,9 +180,11 @@ class SamplerBook(RegisteredSamplers):
         short = len(ready) < plan.least or (len(candidates) < want and not sampler.accepts_partial)
         if short and not self.has_cached_result(plan, draw, ready.partition.name):
             return None
-        offered = self._offered(draw, plan.pairs, plan.split)
-        offered.update(_described(plan, ready.partition, table))
-        offered = _fitting(sampler.sample, offered)
+        offered: dict[str, Any] = {}
+        if plan.is_told or draw.sampler_params:
+            offered = self._offered(draw, plan.pairs, plan.split)
+            offered.update(_described(plan, ready.partition, table))
+            offered = _fitting(sampler.sample, offered)
         chosen = guarded(sampler, lambda: pair_of(sampler, sampler.sample(candidates, want, **offered)))
         if chosen is None:
             return None
@@ -215,14 +226,8 @@ def _described(plan: Plan, partition: Partition, table: RowTable) -> dict[str, A
     if plan.pairs:
         return {"partition": PartitionView(partition, table), "partition_id": partition.name}
     views = RowViews(partition, table)
-    return {
-        "partition_id": partition.name,
-        "global_step": partition.step,
-        "group_ids": views.group_ids,
-        "tags": views.tags,
-        "seqlens": views.seqlens,
-        "versions": views.versions,
-    }
+    told = {"partition_id": partition.name, "global_step": partition.step}
+    return told | {name: getattr(views, name) for name in RowViews.NAMES}
 
 
 def _split(params: Mapping[str, Any], sampler: BaseSampler, pairs: bool) -> Split | None:

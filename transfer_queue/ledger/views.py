@@ -34,6 +34,8 @@ class _ByIndex(Mapping[int, Any]):
 class RowViews:
     """The views of one partition."""
 
+    NAMES = ("group_ids", "tags", "seqlens", "versions")
+
     def __init__(self, partition: Partition, table: RowTable) -> None:
         self.group_ids = _ByIndex(partition, table, partition.group_id)
         self.tags = _ByIndex(partition, table, lambda row: dict(table.tags[row]) if row in table.tags else None)

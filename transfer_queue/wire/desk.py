@@ -2,7 +2,8 @@
 
 Everything here runs in the thread of the server, but for one thing: the handler answers tickets from any thread, and an
 answer enters the table of requests there and then, under whatever lock the handler holds. The server passes it on to
-`settle`. `send` delivers frames to a connection and tells whether it is still there; `reaches` only tells.
+`settle`; `settle_all` makes it do so at once. `send` delivers frames to a connection and tells whether it is still
+there; `reaches` only tells.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Desk:
         reaches: Callable[[Hashable], bool],
         deliver: Deliver,
         requests: RequestTable | None = None,
+        *,
+        settle_all: Callable[[], None] | None = None,
     ) -> None:
         self.gate = Gate(token)
         self.malformed = 0
@@ -49,6 +52,7 @@ class Desk:
         self._send = send
         self._reaches = reaches
         self._deliver = deliver
+        self._settle_all = settle_all
 
     def serve_by(self, handler: Handler) -> None:
         """Give requests to another handler from now on, which shares its state with the one before."""
@@ -158,9 +162,9 @@ class Desk:
                 ticket = Ticket(client_id, header.request_id, identity, message, self._answered)
                 self._table.wait(ticket)
                 self.waiting[ticket] = time.monotonic()
-                ticket.frames = frames
+                ticket.frames, ticket.send = frames, self._settle_all
                 self._submit(message, ticket)
-                ticket.frames = None  # what waits does not keep what it came in
+                ticket.frames = ticket.send = None  # what waits does not keep what it came in
 
     def _answered(self, ticket: Ticket, answer: Answer) -> None:
         """Note an answer, in the thread that gave it, and have it settled."""

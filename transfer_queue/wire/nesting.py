@@ -22,7 +22,8 @@ _FLAT = frozenset((type(None), bool, int, float, str, bytes, complex))
 
 def encodable(entries: dict[str, Any]) -> dict[str, Any]:
     """Return a dict that a receiver takes as far as its depth goes; raises `EncodeError`."""
-    all_encodable([entries])
+    if entries:
+        all_encodable([entries])
     return entries
 
 
@@ -43,7 +44,9 @@ def all_encodable(dicts: Iterable[dict[str, Any] | None]) -> list[dict[str, Any]
 
 def check_entries(dicts: Iterable[dict[Any, Any]]) -> None:
     """Check dicts that were decoded; raises `ValueError` with what is wrong."""
-    dicts = tuple(dicts)
+    dicts = tuple(filter(None, dicts))
+    if not dicts:
+        return
     try:
         "".join(chain.from_iterable(dicts))
     except TypeError:

@@ -53,7 +53,7 @@ class Server:
         requests: RequestTable | None = None,
         name: str = "server",
     ) -> None:
-        self._desk = Desk(handler, token, self._send, self._reaches, self._deliver, requests)
+        self._desk = Desk(handler, token, self._send, self._reaches, self._deliver, requests, settle_all=self._settle)
         self._outbox: deque[Callable[[], None]] = deque()
         self._next_ping = time.monotonic() + PING_INTERVAL_S
         self._active = False  # something came since the last round of pings

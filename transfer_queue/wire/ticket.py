@@ -17,8 +17,9 @@ Answer: TypeAlias = Reply | BaseException
 
 class Ticket:
     """One request that waits for its answer. `channel` names the connection that asked; it may change when the
-    client reconnects. `abandoned`: nobody waits any more, so an answer would be lost. `frames`: the request as it came,
-    if it did, while it is handed in."""
+    client reconnects. `abandoned`: nobody waits any more, so an answer would be lost. While it is handed in: `frames`,
+    the request as it came, if it did; `send`, to be called without locks, lets answers go out before `submit` returns,
+    None where they do by themselves."""
 
     __slots__ = (
         "_deliver",
@@ -30,6 +31,7 @@ class Ticket:
         "frames",
         "request",
         "request_id",
+        "send",
     )
 
     def __init__(
@@ -45,6 +47,7 @@ class Ticket:
         self.channel = channel
         self.request = request
         self.frames: Sequence[Any] | None = None
+        self.send: Callable[[], None] | None = None
         self.answered = False
         self.abandoned = False
         self._deliver = deliver
