@@ -85,7 +85,6 @@ class ControllerService:
         self._frees = Frees(ledger.blocks, self._units, self._answers)
         self._parked: dict[Hashable, Ticket] = {}
         self._waiting_for_units: list[tuple[float, Ticket]] = []
-        self._unfinished = False  # a request was answered, and what it made possible is not looked at yet
 
     def send_frees_by(self, push: Push) -> None:
         """Tell where one-way messages to units go, before the first unit announces itself."""
@@ -137,7 +136,6 @@ class ControllerService:
         """Serve a request that never waits, from within this process."""
         with self._lock:
             now = self._clock()
-            self._finish(now)
             self._answers.check(request)
             try:
                 return self._asked(request, now)
@@ -151,11 +149,10 @@ class ControllerService:
     def submit(self, request: Request, ticket: Ticket) -> None:
         """Take one request; its ticket is answered now or later.
 
-        An answer that waits for nothing else goes out before what else has to be done, which is for others.
+        An answer goes out before what else has to be done, unless that may be to serve others that wait.
         """
         with self._lock:
             now = self._clock()
-            self._finish(now)
             try:
                 self._answers.check(request, ticket.frames)
                 reply: Reply | TransferQueueError | None = self._dispatch(request, ticket, now)
@@ -163,7 +160,8 @@ class ControllerService:
                 reply = error
                 if isinstance(request, Announce):
                     self._units.refused(request, now)
-            if ticket.send is None or reply is None or isinstance(reply, Done):
+            others = bool(self._parked) and self._ledger.serving.may_serve
+            if ticket.send is None or others or reply is None or isinstance(reply, Done):
                 orders = self._follow_up(now, ticket, reply)
                 if orders and isinstance(reply, Done):
                     self._frees.wait(ticket, reply, orders, now)
@@ -171,10 +169,9 @@ class ControllerService:
                     self._answers.give(ticket, reply)
                 return
             self._answers.conclude(ticket, reply)
-            self._unfinished = True
         ticket.send()
         with self._lock:
-            self._finish(now)
+            self._follow_up(now)
 
     def tick(self) -> float | None:
         """Do what is due; return the seconds until something is due again."""
@@ -229,11 +226,6 @@ class ControllerService:
 
     # ------------------------------------------------------------ inside
 
-    def _finish(self, now: float) -> None:
-        """Do what is due since the last request, unless somebody did."""
-        if self._unfinished:
-            self._follow_up(now)
-
     def _follow_up(
         self, now: float, ticket: Ticket | None = None, reply: Reply | TransferQueueError | None = None
     ) -> Sent:
@@ -241,7 +233,6 @@ class ControllerService:
 
         `ticket`: of the request that was carried out, with this answer. Returns what units have to do.
         """
-        self._unfinished = False
         answers, keeper = self._answers, self._answers.keeper
         if keeper is not None:
             if keeper.held_back:

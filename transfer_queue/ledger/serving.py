@@ -230,6 +230,14 @@ class Serving:
             self._stirred.stir(waiting.partition)
         self._stirred.window_freed = True
 
+    @property
+    def may_serve(self) -> bool:
+        """Whether `serve_waiting` may find somebody to answer."""
+        if self._stirred.window_freed or self._gate.room_made or self.keys.feed.stirred:
+            return True
+        waiting = self._waiting.tasks
+        return any(waiting(name) if tasks is None else tasks for name, tasks in self._stirred.partitions.items())
+
     def serve_waiting(self, now: float) -> list[Answer]:
         """Answer the parked requests that the changes since the last call made possible, in order of arrival."""
         answers: list[Answer] = []

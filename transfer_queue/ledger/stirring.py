@@ -8,19 +8,19 @@ class Stirred:
 
     def __init__(self) -> None:
         self.window_freed = False  # puts that wait may pass now
-        self._partitions: dict[str, set[str] | None] = {}
+        self.partitions: dict[str, set[str] | None] = {}  # as `take` returns them
 
     def __bool__(self) -> bool:
-        return bool(self._partitions) or self.window_freed
+        return bool(self.partitions) or self.window_freed
 
     def stir(self, partition: str, tasks: set[str] | None = None) -> None:
         """More of a partition may be served now: to these tasks, or (None) to any."""
-        if tasks is None or self._partitions.get(partition, tasks) is None:
-            self._partitions[partition] = None
+        if tasks is None or self.partitions.get(partition, tasks) is None:
+            self.partitions[partition] = None
         elif tasks:
-            self._partitions[partition] = tasks.union(self._partitions.get(partition) or ())
+            self.partitions[partition] = tasks.union(self.partitions.get(partition) or ())
 
     def take(self) -> dict[str, set[str] | None]:
         """The partitions in which more may be served, and to which tasks; None: to any."""
-        taken, self._partitions = self._partitions, {}
+        taken, self.partitions = self.partitions, {}
         return taken

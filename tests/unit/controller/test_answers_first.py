@@ -1,8 +1,7 @@
-"""An answer goes out before what else its request made possible is looked at, and nobody comes in between."""
+"""An answer goes out before what else is due; who waits for what its request brought is served with it."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from tests.unit.controller.life import UNIT, Life, announce
 from tests.unit.ledger.driver import draw_request, put_request
+from transfer_queue.errors import GetMetaTimeout
 from transfer_queue.messages import Drawn, GetStatus, PutDone
 from transfer_queue.wire.ticket import Answer, Ticket
 
@@ -51,51 +51,48 @@ def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Client]:
     life.service.close()
 
 
-def test_a_put_is_answered_before_the_draw_that_waits_for_it(client: Client) -> None:
-    """And sent: `send` is called without the lock, when the other answer is not there yet."""
+def test_an_answer_goes_out_before_what_else_is_due(client: Client) -> None:
+    """And `send` is called without the lock: a draw whose time is over is told so afterwards."""
     sent: list[list[type]] = []
 
     def send() -> None:
         with client.life.service._lock:
             sent.append(client.kinds())
 
-    client.ask(draw_request(2))
-    client.ask(put_request(2, ("x",), UNIT), send)
-    assert sent == [[PutDone]] and client.kinds() == [PutDone, Drawn]
+    client.ask(draw_request(2, timeout_s=1.0))
+    client.life.now += 2.0
+    client.ask(put_request(2, ("y",), UNIT, partition_id="other"), send)
+    assert sent == [[PutDone]] and client.kinds() == [PutDone, GetMetaTimeout]
 
 
-def test_who_asks_in_between_does_not_go_ahead_of_who_waits(client: Client) -> None:
-    """A draw from within the process, while the answer of the put is sent, comes behind the one that waits."""
-    late: list[Any] = []
+def test_who_waits_for_it_is_served_with_it(client: Client) -> None:
+    """A draw that waits for what a put brings gets it before anybody hears of the put and asks for it too."""
     client.ask(draw_request(2))
-    client.ask(
-        put_request(3, ("x",), UNIT),
-        lambda: late.append(client.life.ask(draw_request(1), client="client/3")),
-    )
-    [waited] = [answer for answer in client.given if isinstance(answer, Drawn)]
-    assert waited.indexes.tolist() == [0, 1] and late[0].indexes.tolist() == [2]
+    client.ask(put_request(3, ("x",), UNIT), lambda: pytest.fail("the answers go out together"))
+    waited, put = client.given
+    assert isinstance(waited, Drawn) and waited.indexes.tolist() == [0, 1] and isinstance(put, PutDone)
 
 
 def test_what_raises_while_it_is_sent_holds_up_nobody(client: Client) -> None:
-    """What waits is looked at with the next request."""
+    """What is due is done with the next request."""
 
     def fail() -> None:
         raise RuntimeError("a bug")
 
-    client.ask(draw_request(2))
-    with contextlib.suppress(RuntimeError):
-        client.ask(put_request(2, ("x",), UNIT), fail)
+    client.ask(draw_request(2, timeout_s=1.0))
+    client.life.now += 2.0
+    with pytest.raises(RuntimeError):
+        client.ask(put_request(2, ("y",), UNIT, partition_id="other"), fail)
     assert client.kinds() == [PutDone]
     client.ask(GetStatus(partition_id="p", global_step=None, task_name="t", fields=("x",)))
-    assert client.kinds()[:2] == [PutDone, Drawn]
+    assert GetMetaTimeout in client.kinds()
 
 
 def test_what_was_answered_first_is_known_after_a_restart(tmp_path: Path) -> None:
-    """The put is written down before it is answered; the draw that waits comes again by itself."""
+    """It is written down before."""
     client = Client(Life(tmp_path / "first"))
     announce(client.life)
     lives: list[Life] = []
-    client.ask(draw_request(2))
     client.ask(put_request(2, ("x",), UNIT), lambda: lives.append(client.life.killed(tmp_path / "second")))
     [second] = lives
     assert second.ask(draw_request(2), client="client/3").indexes.tolist() == [0, 1]
