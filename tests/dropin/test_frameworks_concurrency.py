@@ -33,12 +33,6 @@ def conf() -> Iterator[Any]:
     tq.close()
 
 
-@pytest.fixture
-def partition(request: pytest.FixtureRequest, conf: Any) -> Iterator[str]:
-    yield request.node.name
-    tq.get_client().clear_partition(request.node.name)
-
-
 def grown(before: tuple[int, int]) -> tuple[int, int]:
     """Descriptors and threads that are there now and were not then."""
     return descriptors() - before[0], threads() - before[1]

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -20,23 +19,9 @@ from tensordict import NonTensorStack, TensorDict
 
 import transfer_queue as tq
 from tests.dropin.processes import CONTEXT
-from tests.dropin.streams import CONF, dataset, put, rows
+from tests.dropin.streams import dataset, put, rows
 from transfer_queue.dataloader import StreamingDataLoader, StreamingDataset, chunk_batch_fn, default_fetch_batch_fn
 from transfer_queue.metadata import BatchMeta
-
-
-@pytest.fixture(scope="module")
-def conf() -> Iterator[Any]:
-    tq.close()
-    yield tq.init(CONF)
-    tq.close()
-
-
-@pytest.fixture
-def partition(request: pytest.FixtureRequest, conf: Any) -> Iterator[str]:
-    name = request.node.name
-    yield name
-    tq.get_client().clear_partition(name)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,8 @@ from typing import Any
 import pytest
 
 import transfer_queue as tq
-from tests.dropin.streams import CONF, dataset, put, rows
+from tests.dropin.streams import dataset, put, rows
 from transfer_queue.dataloader import StreamingDataLoader
-
-
-@pytest.fixture(scope="module")
-def conf() -> Iterator[Any]:
-    tq.close()
-    yield tq.init(CONF)
-    tq.close()
-
-
-@pytest.fixture
-def partition(request: pytest.FixtureRequest, conf: Any) -> Iterator[str]:
-    name = request.node.name
-    yield name
-    tq.get_client().clear_partition(name)
 
 
 def mapped() -> int:

@@ -179,8 +179,7 @@ class Keeper:
             frames = self._encoded[1] if known and self._encoded else encode_message(record.request)
             self._unwritten.append(packed(record, asked, frames))
         self._encoded, self._promised = None, 0
-        if self._unwritten:
-            self.catch_up()
+        self.catch_up()
 
     def catch_up(self) -> None:
         """Write down what could not be written so far.

@@ -28,7 +28,7 @@ class Inherited(NamedTuple):
 
     @classmethod
     def of(cls, folder: ServerFolder, token: bytes, session_id: str, encrypt: bool) -> tuple[Inherited, bool]:
-        """Return the endpoint that the folder remembers, else a new one; and whether it was remembered."""
+        """Return what the folder remembers, else what is new; and whether it was remembered."""
         record = folder.read_record(_RECORD)
         if record is None:
             return cls(0, token, session_id, CurveKeys.new() if encrypt else None), False

@@ -50,7 +50,7 @@ class Arena:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
                 raise
-            raise (_no_disk if self.on_disk else _no_memory)(path.parent, size_bytes) from error
+            raise _no_space(path.parent, size_bytes, on_disk=self.on_disk) from error
         finally:
             os.close(descriptor)
 
@@ -179,7 +179,7 @@ class Arenas:
     def check_first(self) -> None:
         """Raise `CapacityExceeded` if there is no space for the first arena."""
         if self.spill is None and self.arena_bytes > free_bytes(self._folder):
-            raise _no_memory(self._folder, self.arena_bytes)
+            raise _no_space(self._folder, self.arena_bytes, on_disk=False)
 
     def could_hold(self, size_bytes: int) -> bool:
         """Whether one arena could have so much in one piece, if it were empty."""
@@ -297,22 +297,14 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _no_memory(folder: Path, size_bytes: int) -> CapacityExceeded:
+def _no_space(folder: Path, size_bytes: int, *, on_disk: bool) -> CapacityExceeded:
     """Return the error that the file system of `folder` cannot take so much."""
     free = free_bytes(folder)
+    kind, advice = "of shared memory", "lower capacity_bytes, or give the container a larger /dev/shm"
+    if on_disk:
+        kind, advice = "on disk", "or have backend.SimpleStorage.ssd_offload.path on a larger disk"
     return CapacityExceeded(
-        f"no capacity for {size_bytes} more bytes of shared memory: {free} bytes are free in {folder}; "
-        "clear samples, lower capacity_bytes, or give the container a larger /dev/shm",
-        needed_bytes=size_bytes,
-        free_bytes=free,
-    )
-
-
-def _no_disk(folder: Path, size_bytes: int) -> CapacityExceeded:
-    free = free_bytes(folder)
-    return CapacityExceeded(
-        f"no capacity for {size_bytes} more bytes on disk: {free} bytes are free in {folder}; clear samples, or have "
-        "backend.SimpleStorage.ssd_offload.path on a larger disk",
+        f"no capacity for {size_bytes} more bytes {kind}: {free} bytes are free in {folder}; clear samples, {advice}",
         needed_bytes=size_bytes,
         free_bytes=free,
     )
